@@ -1,0 +1,1 @@
+"""Probes, claims and reports: what a normalization method does, measured and judged."""

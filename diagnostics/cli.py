@@ -1,0 +1,1 @@
+"""Command line: one thin layer over the Python interface."""

@@ -1,0 +1,1 @@
+"""The ``spectrum_regression`` pytest fixture."""

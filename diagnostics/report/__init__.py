@@ -1,0 +1,1 @@
+"""Reports: HTML for a reader, JSON for a program."""

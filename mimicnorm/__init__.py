@@ -1,0 +1,1 @@
+"""Normalization methods, each exact to its source, for any PyTorch network."""

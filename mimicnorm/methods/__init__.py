@@ -1,0 +1,1 @@
+"""Published normalization methods, one per file."""

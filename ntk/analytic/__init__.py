@@ -1,0 +1,1 @@
+"""Analytic kernels in JAX: the only door to JAX and neural-tangents."""
