@@ -1,0 +1,76 @@
+"""Which learning rates a network trains at: the learning-rate range test (MimicNorm, Table 2)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from diagnostics.anatomy import check_network
+from diagnostics.errors import UsageError
+from diagnostics.measurement import Measurement
+from diagnostics.subject import Subject
+from diagnostics.training import accuracy, train
+
+
+@dataclass(frozen=True)
+class LearningRateRange:
+    """Best test accuracy within the first epochs, against the learning rate.
+
+    The subject's examples are split into a training and a test part; each rate starts from the same initialization, under
+    SGD with momentum and weight decay as in the paper's recipe (methods §1.6), without warm-up.
+
+    Attributes:
+        rates: Learning rates.
+        epochs: Passes over the training part.
+        batch_size: Examples per step.
+        train_fraction: Share of the examples that is trained on.
+        momentum: Of SGD.
+        weight_decay: On all parameters.
+    """
+
+    rates: tuple[float, ...] = (0.01, 0.05, 0.2, 0.5, 1.0)
+    epochs: int = 3
+    batch_size: int = 128
+    train_fraction: float = 0.75
+    momentum: float = 0.9
+    weight_decay: float = 5e-4
+
+    @property
+    def name(self) -> str:
+        """Name in the registry."""
+        return "learning_rate"
+
+    def measure(self, subject: Subject) -> Measurement:
+        """Measures one network; axis rate, accuracy in percent.
+
+        Raises:
+            UsageError: If the subject has no labels or cannot be probed.
+        """
+        if subject.y is None:
+            raise UsageError("y must be given to train, got None; pass class indices [n]")
+        check_network(subject.network(), subject.x)
+        cut = int(self.train_fraction * len(subject.x))
+        x, y, x_test, y_test = subject.x[:cut], subject.y[:cut], subject.x[cut:], subject.y[cut:]
+        best = []
+        for rate in self.rates:
+            network = subject.network().train()
+            epochs = train(
+                network,
+                x,
+                y,
+                method=subject.method,
+                lr=rate,
+                epochs=self.epochs,
+                batch_size=self.batch_size,
+                momentum=self.momentum,
+                weight_decay=self.weight_decay,
+                generator=subject.generator(4),
+            )
+            best.append(max(accuracy(trained, x_test, y_test) for trained in epochs))
+        return Measurement(
+            probe=self.name,
+            quantity=f"best test accuracy within {self.epochs} epochs",
+            unit="%",
+            estimate=best,
+            axes={"rate": self.rates},
+            seeds=(subject.seed,),
+        )
