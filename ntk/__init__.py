@@ -1,1 +1,36 @@
-"""Kernels of neural networks: empirical in PyTorch, analytic in JAX (behind ntk.analytic)."""
+"""Kernels of neural networks: empirical in PyTorch, analytic in JAX (behind ntk.analytic, loaded on first use)."""
+
+import importlib
+from types import ModuleType
+
+from ntk.empirical import empirical_ntk, layerwise_ntk
+from ntk.nngp import empirical_nngp
+from ntk.projection import center_rows
+from ntk.results import KernelResult
+from ntk.spectrum import Spectrum, spectrum
+from ntk.state import preserve_state
+
+__all__ = [
+    "KernelResult",
+    "Spectrum",
+    "center_rows",
+    "empirical_nngp",
+    "empirical_ntk",
+    "layerwise_ntk",
+    "preserve_state",
+    "spectrum",
+]
+
+
+def __getattr__(name: str) -> ModuleType:
+    """Load `ntk.analytic`, and with it JAX, when it is first asked for.
+
+    Args:
+        name: Attribute that is not there.
+
+    Raises:
+        AttributeError: It is not "analytic".
+    """
+    if name == "analytic":
+        return importlib.import_module("ntk.analytic")
+    raise AttributeError(f"module 'ntk' has no attribute {name!r}; it exports {', '.join([*__all__, 'analytic'])}.")

@@ -1,0 +1,118 @@
+"""What is checked before a kernel is computed: the model, its mode, and the inputs."""
+
+import torch
+
+from ntk.errors import (
+    ActiveDropoutError,
+    BatchOfOneError,
+    InputMismatchError,
+    NonFiniteWeightsError,
+)
+
+
+def batch_norm_modules(model: torch.nn.Module) -> dict[str, bool]:
+    """Name of every batch-normalizing module -> whether it uses the statistics of the batch now.
+
+    A module counts when it keeps `running_mean` and `running_var`, the PyTorch protocol, and normalizes over examples.
+    It uses the batch in train mode, and in eval mode too when it keeps no running values.
+
+    Args:
+        model: The network.
+    """
+    found = {}
+    for name, module in model.named_modules():
+        instance = isinstance(module, torch.nn.modules.instancenorm._InstanceNorm)
+        if hasattr(module, "running_mean") and hasattr(module, "running_var") and not instance:
+            found[name] = module.training or module.running_mean is None
+    return found
+
+
+def describe_mode(model: torch.nn.Module, *, two_batches: bool) -> tuple[str, str | None]:
+    """In which mode the model normalizes, and what that does to the kernel.
+
+    Args:
+        model: The network, with the train and eval flags as they are now.
+        two_batches: Whether the kernel is a cross kernel between separately run batches.
+
+    Returns:
+        mode ("train", "eval", "mixed" or "no batch statistics") and how the statistics enter (None without any).
+    """
+    uses = batch_norm_modules(model).values()
+    if not uses:
+        return "no batch statistics", None
+    if not any(uses):
+        return "eval", "running"
+    statistics = "differentiated, two batches" if two_batches else "differentiated, one batch"
+    return ("train", statistics) if all(uses) else ("mixed", f"{statistics}; running in some layers")
+
+
+def check_model(model: torch.nn.Module, n_examples: int) -> None:
+    """Refuse a model for which no kernel exists.
+
+    Args:
+        model: The network, with the train and eval flags as they are now.
+        n_examples: Size of the smallest batch that will be run.
+
+    Raises:
+        NonFiniteWeightsError: A parameter or a floating-point buffer is not finite.
+        ActiveDropoutError: A dropout layer is in train mode.
+        BatchOfOneError: One example under batch statistics.
+    """
+    entries: list[tuple[str, str, torch.Tensor]] = [("parameter", *item) for item in model.named_parameters()]
+    entries += [("buffer", *item) for item in model.named_buffers()]
+    for what, name, value in entries:
+        if value.is_floating_point() and not bool(torch.isfinite(value).all()):
+            bad = int((~torch.isfinite(value)).sum())
+            raise NonFiniteWeightsError(
+                f"model has {bad} non-finite of {value.numel()} values in {what} {name!r}; all must be finite. "
+                "Reload the last good checkpoint, or find the step at which training diverged."
+            )
+    for name, module in model.named_modules():
+        if isinstance(module, torch.nn.modules.dropout._DropoutNd) and module.training and module.p > 0:
+            raise ActiveDropoutError(
+                f"model has active dropout in module {name!r} (p={module.p}, train mode), so it is random and has "
+                "no kernel; call .eval() on that module, which leaves batch normalization in train mode."
+            )
+    if n_examples == 1:
+        for name, uses_batch in batch_norm_modules(model).items():
+            if uses_batch:
+                raise BatchOfOneError(
+                    f"a batch needs at least 2 examples where module {name!r} normalizes by batch statistics; got 1. "
+                    "Give more examples at once, or call model.eval() for the kernel under running statistics."
+                )
+
+
+def check_inputs(x1: torch.Tensor, x2: torch.Tensor | None, dtype: torch.dtype | None) -> None:
+    """Refuse inputs that are no batches of one kind of example.
+
+    Args:
+        x1: [n1, ...]
+        x2: [n2, ...] or None
+        dtype: The `dtype` argument: None, torch.float32 or torch.float64.
+
+    Raises:
+        TypeError: An input is not a tensor.
+        InputMismatchError: An input has no examples, or the two differ in shape beyond the first axis, dtype or device.
+        ValueError: The dtype is neither float32 nor float64.
+    """
+    for name, value in (("x1", x1), ("x2", x2)):
+        if value is None and name == "x2":
+            continue
+        if not isinstance(value, torch.Tensor):
+            raise TypeError(f"{name} must be a torch.Tensor [n, ...], got {type(value).__name__}; use torch.as_tensor.")
+        if value.ndim == 0 or value.shape[0] == 0:
+            raise InputMismatchError(
+                f"{name} must hold at least one example, [n, ...]; got shape {tuple(value.shape)}."
+            )
+    if x2 is not None:
+        for what, a, b in (
+            ("shape of one example", tuple(x1.shape[1:]), tuple(x2.shape[1:])),
+            ("dtype", x1.dtype, x2.dtype),
+            ("device", x1.device, x2.device),
+        ):
+            if a != b:
+                raise InputMismatchError(
+                    f"x1 and x2 must agree in {what}: x1 has {a}, x2 has {b}; bring x2 into the form of x1."
+                )
+    if dtype not in (None, torch.float32, torch.float64):
+        raise ValueError(f"dtype must be None, torch.float32 or torch.float64; got {dtype}. Use float64 for spectra.")

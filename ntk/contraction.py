@@ -1,0 +1,264 @@
+"""The exact NTK of any module, by contracting its Jacobian.
+
+Each batch is run once. A row of the Jacobian is the gradient of one output of one example, of a function of the *whole
+batch*: under batch statistics it carries the terms that run through mean and variance. Rows are computed in chunks with
+`torch.autograd.grad(is_grads_batched=True)`, and one at a time where an operator has no batching rule.
+
+Cost: one backward pass over the batch per row. Memory: the rows held, which `max_memory` bounds by working in tiles and
+computing rows again, plus the activations of one forward pass.
+"""
+
+import math
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from ntk.errors import MemoryBudgetError, NoParametersError
+from ntk.forward import Batch
+from ntk.projection import Projection, apply_projection
+
+MAX_CHUNK = 64
+"""Rows per call of autograd at most: beyond it the loop overhead is gone (chosen, not tuned)."""
+
+CHUNK_BYTES = 2**29
+"""Memory that the batched backward pass of one chunk may take for its largest activation (chosen, not tuned)."""
+
+
+@dataclass(frozen=True, eq=False)
+class Contraction:
+    """How the rows of two Jacobians are contracted.
+
+    Attributes:
+        reduce: "none", "trace" or "sum".
+        multipliers: Parameter name -> factor of its contribution.
+        projections: Parameter name -> linear map applied to its rows.
+        groups: Parameter name -> key of the kernel that its contribution is added to.
+        max_memory: Bytes that Jacobian rows may take, or None.
+        report: Called with (rows done, rows in all).
+    """
+
+    reduce: str
+    multipliers: dict[str, float]
+    projections: dict[str, Projection]
+    groups: dict[str, str]
+    max_memory: int | None
+    report: Callable[[int, int], None]
+
+
+class JacobianRows:
+    """Rows of the Jacobian of one batch, computed on request."""
+
+    def __init__(self, batch: Batch, plan: Contraction, chunk: int) -> None:
+        """Hold a batch and see that it can be differentiated.
+
+        Args:
+            batch: A forward pass with its graph.
+            plan: Which rows there are, and how they are projected.
+            chunk: Rows per call of autograd at most.
+
+        Raises:
+            NoParametersError: The output is not connected to any selected parameter.
+        """
+        if not batch.output.requires_grad:
+            raise NoParametersError(
+                f"the model output depends on none of the selected parameters {sorted(batch.parameters)[:4]}; select "
+                "parameters that the forward pass uses, and remove .detach(), .data and torch.no_grad() from it."
+            )
+        self.batch = batch
+        self.plan = plan
+        self.chunk = max(1, min(chunk, CHUNK_BYTES // (4 * batch.activation_bytes)))
+        self.batched = True
+
+    def count(self) -> int:
+        """Number of rows that one pass over the outputs has."""
+        n, o = self.batch.output.shape
+        return n * o if self.plan.reduce == "none" else n
+
+    def rows(self, start: int, stop: int, unit: int) -> dict[str, torch.Tensor]:
+        """Projected rows start to stop, flattened per parameter.
+
+        Args:
+            start: First row.
+            stop: One past the last row.
+            unit: Output whose rows are meant, for reduce="trace" only.
+
+        Returns:
+            Parameter name -> [stop - start, parameter.numel()]; parameters that no output depends on are missing.
+        """
+        tile: dict[str, torch.Tensor] = {}
+        for begin in range(start, stop, self.chunk):
+            end = min(begin + self.chunk, stop)
+            gradients = self._gradients(self._cotangents(begin, end, unit))
+            for (name, parameter), gradient in zip(self.batch.parameters.items(), gradients, strict=True):
+                if gradient is None:
+                    continue
+                if name in self.plan.projections:
+                    gradient = apply_projection(self.plan.projections[name], gradient, name)
+                if (begin, end) == (start, stop):
+                    tile[name] = gradient.reshape(stop - start, -1)
+                    continue
+                if name not in tile:
+                    tile[name] = gradient.new_empty(stop - start, parameter.numel())
+                tile[name][begin - start : end - start] = gradient.reshape(end - begin, -1)
+        return tile
+
+    def _cotangents(self, start: int, stop: int, unit: int) -> torch.Tensor:
+        """[stop - start, n, o], one selection of outputs per row."""
+        n, o = self.batch.output.shape
+        seeds = self.batch.output.new_zeros(stop - start, n, o)
+        local, row = torch.arange(stop - start), torch.arange(start, stop)
+        if self.plan.reduce == "none":
+            seeds[local, row // o, row % o] = 1
+        elif self.plan.reduce == "trace":
+            seeds[local, row, unit] = 1
+        else:
+            seeds[local, row, :] = 1
+        return seeds
+
+    def _gradients(self, seeds: torch.Tensor) -> list[torch.Tensor | None]:
+        """Gradients of all rows at once, or one by one once an operator has refused to be batched.
+
+        Raises:
+            OutOfMemoryError: A chunk of rows does not fit the device.
+        """
+        if self.batched and len(seeds) > 1:
+            try:
+                return self._grad(seeds, batched=True)
+            except torch.OutOfMemoryError:
+                raise
+            except RuntimeError:
+                self.batched = False
+        single = [self._grad(seed, batched=False) for seed in seeds]
+        return [None if parts[0] is None else torch.stack(parts) for parts in zip(*single, strict=True)]
+
+    def _grad(self, seeds: torch.Tensor, *, batched: bool) -> list[torch.Tensor | None]:
+        with warnings.catch_warnings():
+            # An operator without a batching rule is computed in a loop inside torch: slower, and as exact.
+            warnings.filterwarnings("ignore", message="There is a performance drop", category=UserWarning)
+            return list(
+                torch.autograd.grad(
+                    self.batch.output,
+                    list(self.batch.parameters.values()),
+                    seeds,
+                    retain_graph=True,
+                    allow_unused=True,
+                    is_grads_batched=batched,
+                )
+            )
+
+
+def contract(first: Batch, second: Batch | None, plan: Contraction) -> dict[str, np.ndarray]:
+    """Contract the Jacobians of two batches, or of one with itself.
+
+    Sums run in float64 over tiles and parameters, whatever the dtype of the rows.
+
+    Args:
+        first: The batch of the rows of the kernel, n1 examples.
+        second: The batch of its columns, n2 examples, or None for the first one.
+        plan: Reduction, multipliers, projections, groups and memory.
+
+    Returns:
+        Group -> kernel in the dtype of the model: [n1, n2, o, o] for reduce="none", else [n1, n2].
+    """
+    itemsize = first.output.element_size()
+    row_bytes = itemsize * sum(p.numel() for p in first.parameters.values())
+    n, o = first.output.shape
+    per_example = o if plan.reduce == "none" else 1
+    counts = n * per_example, 0 if second is None else second.output.shape[0] * per_example
+    tile, chunk = tile_rows(counts, row_bytes, plan.max_memory)
+    left = JacobianRows(first, plan, chunk)
+    right = left if second is None else JacobianRows(second, plan, chunk)
+    shape = left.count(), right.count()
+    kernels = {group: torch.zeros(shape, dtype=torch.float64) for group in dict.fromkeys(plan.groups.values())}
+    units = range(o) if plan.reduce == "trace" else range(1)
+    steps = list(_tile_pairs(shape, tile, symmetric=right is left))
+    for unit in units:
+        held: slice | None = None
+        rows: dict[str, torch.Tensor] = {}
+        columns: dict[str, torch.Tensor] = {}
+        for index, (a, b) in enumerate(steps):
+            columns = {}  # let go of one tile before the next is computed
+            if held != a:
+                rows = {}
+                held, rows = a, left.rows(a.start, a.stop, unit)
+            columns = rows if right is left and a == b else right.rows(b.start, b.stop, unit)
+            _accumulate(kernels, plan, (rows, columns), (a, b), mirror=right is left)
+            plan.report(unit * len(steps) + index + 1, len(units) * len(steps))
+    scale = 1.0 / o if plan.reduce == "trace" else 1.0
+    return {group: _shape(kernel * scale, plan, o, first.output.dtype) for group, kernel in kernels.items()}
+
+
+def tile_rows(counts: tuple[int, int], row_bytes: int, max_memory: int | None) -> tuple[int, int]:
+    """How many rows to hold per tile, and how many to compute at once.
+
+    At most two tiles and one chunk in flight are held: 2 * tile + chunk rows.
+
+    Args:
+        counts: Rows of the first and, 0 if it is the same, of the second Jacobian.
+        row_bytes: Bytes of one row.
+        max_memory: Bytes allowed, or None for no bound.
+
+    Returns:
+        Rows per tile and rows per chunk.
+
+    Raises:
+        MemoryBudgetError: Three rows, a pair and the one in flight, do not fit.
+    """
+    longest = max(counts)
+    if max_memory is None:
+        return longest, MAX_CHUNK
+    capacity = max_memory // max(row_bytes, 1)
+    if capacity > sum(counts):
+        return longest, min(MAX_CHUNK, capacity - sum(counts))
+    if capacity < 3:
+        raise MemoryBudgetError(
+            f"max_memory must hold three rows of the Jacobian, a pair and the one being computed, of {row_bytes} bytes "
+            f"each; got {max_memory} bytes. max_memory={3 * row_bytes} would do; or take fewer params, or float32."
+        )
+    chunk = max(1, min(MAX_CHUNK, capacity // 4))
+    return (capacity - chunk) // 2, chunk
+
+
+def _tile_pairs(shape: tuple[int, int], tile: int, *, symmetric: bool) -> Iterator[tuple[slice, slice]]:
+    """Pairs of row ranges that cover the kernel; for a symmetric one the upper triangle only.
+
+    Yields:
+        Rows of the first and of the second Jacobian.
+    """
+    for i in range(math.ceil(shape[0] / tile)):
+        a = slice(i * tile, min((i + 1) * tile, shape[0]))
+        for j in range(i if symmetric else 0, math.ceil(shape[1] / tile)):
+            yield a, slice(j * tile, min((j + 1) * tile, shape[1]))
+
+
+def _accumulate(
+    kernels: dict[str, torch.Tensor],
+    plan: Contraction,
+    tiles: tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]],
+    place: tuple[slice, slice],
+    *,
+    mirror: bool,
+) -> None:
+    """Add the contraction of two tiles to each group, and its transpose across the diagonal."""
+    a, b = place
+    for name, rows in tiles[0].items():
+        if name not in tiles[1]:
+            continue
+        block = (rows @ tiles[1][name].T).to("cpu", torch.float64) * plan.multipliers[name]
+        kernel = kernels[plan.groups[name]]
+        if mirror and a == b:
+            block = (block + block.T) / 2
+        kernel[a, b] += block
+        if mirror and a != b:
+            kernel[b, a] += block.T
+
+
+def _shape(kernel: torch.Tensor, plan: Contraction, o: int, dtype: torch.dtype) -> np.ndarray:
+    values = kernel.to(dtype).numpy()
+    if plan.reduce != "none":
+        return values
+    n1, n2 = values.shape[0] // o, values.shape[1] // o
+    return values.reshape(n1, o, n2, o).transpose(0, 2, 1, 3)

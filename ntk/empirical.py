@@ -1,0 +1,185 @@
+"""Empirical neural tangent kernels of PyTorch modules."""
+
+import sys
+from collections.abc import Mapping
+
+import numpy as np
+import torch
+
+from ntk.checks import check_inputs, check_model, describe_mode
+from ntk.contraction import Contraction, contract
+from ntk.errors import NonFiniteKernelError, UnknownNameError
+from ntk.forward import run_batch
+from ntk.parameters import ParameterChoice, select_parameters
+from ntk.projection import Projection, resolve_projection
+from ntk.results import AXES, KernelResult
+from ntk.state import preserve_state
+
+REDUCTIONS = ("none", "trace", "sum")
+IMPLEMENTATIONS = ("auto", "jacobian_contraction")
+
+
+def empirical_ntk(
+    model: torch.nn.Module,
+    x1: torch.Tensor,
+    x2: torch.Tensor | None = None,
+    *,
+    reduce: str = "none",
+    implementation: str = "auto",
+    projection: Projection | Mapping[str, Projection] | None = None,
+    params: ParameterChoice = None,
+    max_memory: int | None = None,
+    dtype: torch.dtype | None = None,
+    progress: bool = False,
+) -> KernelResult:
+    """Neural tangent kernel of a network at its present weights (Jacot et al. 2018, arXiv 1806.07572).
+
+    Θ[i, j, a, b] = Σ_p c_p <P_p ∂f_a(x1)_i/∂p, P_p ∂f_b(x2)_j/∂p>, exact to rounding for any module: conv, attention,
+    tied weights, modules called twice. The model is run as it stands, and left as it was. With BatchNorm in train mode
+    x1 is one batch, the terms through its mean and variance are included, and x2 is a second, separately normalized
+    batch.
+
+    Args:
+        model: Network that maps [n, ...] to [n, o], or to [n] for one output.
+        x1: [n1, ...]
+        x2: [n2, ...]; None stands for x1 and gives a Gram matrix.
+        reduce: "none"; "trace", the mean over outputs of the diagonal (the default of neural-tangents); or "sum", the
+            kernel of the summed output. Each is computed directly.
+        implementation: "auto" or "jacobian_contraction", the same today.
+        projection: Linear map of a weight, such as `ntk.center_rows`, applied to the rows of every parameter of two or
+            more axes; or parameter name -> map.
+        params: Parameters the kernel is taken over: None for all that require a gradient, names, or name -> multiplier
+            c. Multipliers are per-parameter learning rates: sigma_w**2 / fan_in for a weight drawn with that variance
+            gives the NTK parametrization.
+        max_memory: Bytes that the rows of the Jacobian may take; rows are computed again, never approximated.
+        dtype: torch.float32 or torch.float64 to compute in, on a cast copy; None for the type of the model.
+        progress: Report on the standard error stream.
+
+    Returns:
+        Values [n1, n2, o, o] for reduce="none", else [n1, n2], with their convention.
+
+    Raises:
+        UnknownNameError: reduce, implementation, a parameter or a key of the projection does not exist.
+        NoParametersError: No parameter is selected, or the output depends on none.
+        NonFiniteWeightsError: A parameter or buffer is not finite.
+        NonFiniteKernelError: The output or the kernel is not finite.
+        BatchOfOneError: One example under batch statistics.
+        ActiveDropoutError: A dropout layer is in train mode.
+        NondeterministicModelError: Two runs of the model differ.
+        OutputShapeError: The output is not [n, o].
+        InputMismatchError: x1 and x2 are no batches of one kind of example.
+        MemoryBudgetError: max_memory holds not even one pair of rows.
+    """
+    kernels, convention = _kernels(
+        model, x1, x2, reduce, implementation, projection, params, max_memory, dtype, progress=progress, by_layer=False
+    )
+    return KernelResult(kernels[""], **convention)
+
+
+def layerwise_ntk(
+    model: torch.nn.Module,
+    x1: torch.Tensor,
+    x2: torch.Tensor | None = None,
+    *,
+    reduce: str = "none",
+    implementation: str = "auto",
+    projection: Projection | Mapping[str, Projection] | None = None,
+    params: ParameterChoice = None,
+    max_memory: int | None = None,
+    dtype: torch.dtype | None = None,
+    progress: bool = False,
+) -> dict[str, KernelResult]:
+    """Share of each layer in the neural tangent kernel; the sum of the shares is `empirical_ntk`.
+
+    A parameter belongs to the module that holds it, a tied one to the first. Arguments and errors are those of
+    `empirical_ntk`, and so is the cost: one pass serves all layers.
+
+    Args:
+        model: As in `empirical_ntk`.
+        x1: [n1, ...]
+        x2: [n2, ...] or None.
+        reduce: As in `empirical_ntk`.
+        implementation: As in `empirical_ntk`.
+        projection: As in `empirical_ntk`.
+        params: As in `empirical_ntk`.
+        max_memory: As in `empirical_ntk`.
+        dtype: As in `empirical_ntk`.
+        progress: As in `empirical_ntk`.
+
+    Returns:
+        Module name -> its share, in the order of the model; parameters of the model itself go by "".
+    """
+    kernels, convention = _kernels(
+        model, x1, x2, reduce, implementation, projection, params, max_memory, dtype, progress=progress, by_layer=True
+    )
+    return {name: KernelResult(values, layer=name, **convention) for name, values in kernels.items()}
+
+
+def _kernels(
+    model: torch.nn.Module,
+    x1: torch.Tensor,
+    x2: torch.Tensor | None,
+    reduce: str,
+    implementation: str,
+    projection: Projection | Mapping[str, Projection] | None,
+    params: ParameterChoice,
+    max_memory: int | None,
+    dtype: torch.dtype | None,
+    *,
+    progress: bool,
+    by_layer: bool,
+) -> tuple[dict[str, np.ndarray], dict]:
+    """Kernel of each group of parameters, and the fields of `KernelResult` that they share.
+
+    Raises:
+        UnknownNameError: reduce or implementation does not exist.
+        NonFiniteKernelError: A kernel is not finite.
+    """
+    for argument, value, admissible in (
+        ("reduce", reduce, REDUCTIONS),
+        ("implementation", implementation, IMPLEMENTATIONS),
+    ):
+        if value not in admissible:
+            raise UnknownNameError(argument, value, admissible)
+    check_inputs(x1, x2, dtype)
+    check_model(model, min(len(x1), len(x1 if x2 is None else x2)))
+    multipliers, scaled = select_parameters(model, params)
+    own = dict(model.named_parameters())
+    projections, projection_name = resolve_projection(projection, {name: own[name] for name in multipliers})
+    plan = Contraction(
+        reduce=reduce,
+        multipliers=multipliers,
+        projections=projections,
+        groups={name: name.rpartition(".")[0] if by_layer else "" for name in multipliers},
+        max_memory=max_memory,
+        report=_report if progress else lambda done, total: None,
+    )
+    with preserve_state(model):
+        first = run_batch(model, x1, multipliers, dtype, "x1")
+        second = None if x2 is None else run_batch(model, x2, multipliers, dtype, "x2")
+        kernels = contract(first, second, plan)
+    for name, values in kernels.items():
+        if not np.isfinite(values).all():
+            raise NonFiniteKernelError(
+                f"the kernel{f' of layer {name!r}' if name else ''} is not finite although the output is: a gradient "
+                "overflows or is undefined. Pass dtype=torch.float64, or look for a square root or norm at zero."
+            )
+    mode, statistics = describe_mode(model, two_batches=x2 is not None)
+    convention = {
+        "kind": "ntk",
+        "axes": AXES[reduce],
+        "reduce": reduce,
+        "symmetric": x2 is None,
+        "mode": mode,
+        "parametrization": "scaled" if scaled else "standard",
+        "multipliers": tuple(multipliers.items()) if scaled else None,
+        "projection": projection_name,
+        "statistics": statistics,
+        "versions": {"torch": torch.__version__, "numpy": np.__version__},
+    }
+    return kernels, convention
+
+
+def _report(done: int, total: int) -> None:
+    sys.stderr.write(f"\rempirical NTK: {done} of {total} blocks" + ("\n" if done == total else ""))
+    sys.stderr.flush()
