@@ -1,1 +1,21 @@
 """Normalization methods, each exact to its source, for any PyTorch network."""
+
+from mimicnorm import models
+from mimicnorm.convert import attach, convert, convert_, param_groups, project_weights
+from mimicnorm.methods import METHODS, BatchNorm, Method, MimicNorm, NoNorm
+from mimicnorm.report import ConversionReport
+
+__all__ = [
+    "METHODS",
+    "BatchNorm",
+    "ConversionReport",
+    "Method",
+    "MimicNorm",
+    "NoNorm",
+    "attach",
+    "convert",
+    "convert_",
+    "models",
+    "param_groups",
+    "project_weights",
+]

@@ -1,0 +1,114 @@
+"""Errors that name the parameter, what is admissible, what came, and the next step."""
+
+import difflib
+import math
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor, nn
+
+
+def check_choice(parameter: str, received: object, admissible: Iterable[str]) -> None:
+    """Refuse a name outside a closed set, and suggest the nearest valid ones.
+
+    Args:
+        parameter: Name of the offending argument.
+        received: What the caller passed.
+        admissible: Every valid name.
+
+    Raises:
+        ValueError: If the name is not one of them.
+    """
+    names = sorted(admissible)
+    if received in names:
+        return
+    nearest = difflib.get_close_matches(str(received).lower(), names, n=2, cutoff=0.5)
+    hint = f"did you mean {' or '.join(map(repr, nearest))}?" if nearest else "pick one of these names."
+    raise ValueError(f"{parameter} must be one of {', '.join(map(repr, names))}; got {received!r}: {hint}")
+
+
+def check_number(parameter: str, value: float, *, minimum: float, strict: bool = False) -> None:
+    """Refuse a number that is not finite or lies below a minimum.
+
+    Args:
+        parameter: Name of the argument, for the message.
+        value: The number received.
+        minimum: Smallest admissible value.
+        strict: Whether the minimum itself is refused.
+
+    Raises:
+        ValueError: If the number is not admissible.
+    """
+    if not math.isfinite(value) or value < minimum or (strict and value == minimum):
+        relation = ">" if strict else ">="
+        raise ValueError(
+            f"{parameter} must be a finite number {relation} {minimum}; got {value!r}: pass such a number."
+        )
+
+
+def check_count(parameter: str, value: int, *, minimum: int = 1) -> None:
+    """Refuse anything but an integer of at least `minimum`.
+
+    Args:
+        parameter: Name of the argument, for the message.
+        value: The integer received.
+        minimum: Smallest admissible value.
+
+    Raises:
+        ValueError: If the value is not such an integer.
+    """
+    if isinstance(value, bool) or not isinstance(value, int) or value < minimum:
+        raise ValueError(f"{parameter} must be an integer >= {minimum}; got {value!r}: pass a whole number.")
+
+
+def check_parameters(model: nn.Module) -> None:
+    """Refuse a network whose parameters cannot be initialized in place or are not finite.
+
+    Args:
+        model: The network about to be converted.
+
+    Raises:
+        ValueError: If a parameter is lazy, lives on the meta device, or holds NaN or infinity.
+    """
+    for name, parameter in model.named_parameters():
+        if nn.parameter.is_lazy(parameter):
+            raise ValueError(f"parameter {name!r} must have a shape; got a lazy one: run one forward pass first.")
+        if parameter.is_meta:
+            raise ValueError(f"parameter {name!r} must hold data; got a meta tensor: call model.to_empty() first.")
+        bad = int((~torch.isfinite(parameter.detach())).sum())
+        if bad:
+            raise ValueError(
+                f"parameter {name!r} must be finite; got {bad} NaN or infinite values out of {parameter.numel()}: "
+                "load a sound checkpoint or re-initialize the network before converting it."
+            )
+
+
+def check_example_input(model: nn.Module, example_input: Tensor, *, logits: int | None) -> None:
+    """Run the network once in eval mode and refuse an input or an output that conversion cannot serve.
+
+    Args:
+        model: The network before conversion. Left as it was.
+        example_input: One batch, in the shape the network expects.
+        logits: Number of classes C that the output [N, C] must have, or None where any output will do.
+
+    Raises:
+        ValueError: If the forward pass fails or the output has another shape.
+    """
+    training = [(module, module.training) for module in model.modules()]
+    try:
+        with torch.no_grad():
+            output = model.eval()(example_input)
+    except Exception as error:
+        raise ValueError(
+            f"example_input must be a batch the network accepts; got shape {list(example_input.shape)} and "
+            f"{type(error).__name__}: {error}. Pass one batch in the network's input shape, dtype and device."
+        ) from error
+    finally:
+        for module, flag in training:
+            module.training = flag
+    if logits is not None and (not isinstance(output, Tensor) or output.ndim != 2 or output.shape[1] != logits):
+        found = list(output.shape) if isinstance(output, Tensor) else type(output).__name__
+        raise ValueError(
+            f"model must return logits of shape [N, {logits}] for the last BatchNorm; got {found}: return the output "
+            "of the last layer, or use MimicNorm(last_batch_norm=False)."
+        )

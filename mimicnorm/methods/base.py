@@ -1,0 +1,89 @@
+"""The interface of a normalization method."""
+
+from abc import ABC, abstractmethod
+from collections import OrderedDict
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from mimicnorm._validation import check_number
+from mimicnorm.report import ConversionReport
+
+
+@dataclass(frozen=True)
+class Method(ABC):
+    """A published method as a frozen set of options.
+
+    Attributes:
+        name: The name under which `mimicnorm.METHODS` lists the method.
+        source: Where the method is published.
+        keeps_batch_norm: Whether a converted network is still in its BatchNorm form and can be converted again.
+    """
+
+    name: ClassVar[str]
+    source: ClassVar[str]
+    keeps_batch_norm: ClassVar[bool] = False
+
+    @abstractmethod
+    def apply_(
+        self, model: nn.Module, *, example_input: Tensor | None = None, generator: torch.Generator | None = None
+    ) -> ConversionReport:
+        """Convert a network in place and re-initialize its weight layers.
+
+        Args:
+            model: A network in its BatchNorm form.
+            example_input: A batch to run through the network as a check before it is touched, or None.
+            generator: Source of randomness, None for PyTorch's global one.
+
+        Returns:
+            What was done to each module; also stored on the network as `conversion_report`.
+
+        Raises:
+            ValueError: If the network cannot be converted; it is then unchanged.
+        """
+
+    def attach(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> RemovableHandle:
+        """Install what must happen around an optimizer step; nothing, unless a method overrides this.
+
+        Args:
+            model: A network converted to this method.
+            optimizer: The optimizer of its parameters.
+
+        Returns:
+            A handle with `remove()`, also a context manager.
+        """
+        return RemovableHandle(OrderedDict())
+
+    def param_groups(self, model: nn.Module, *, lr: float, weight_decay: float = 0.0) -> list[dict[str, Any]]:
+        """Parameter groups for an optimizer: one group of all trainable parameters, unless a method overrides this.
+
+        Args:
+            model: A network converted to this method.
+            lr: Learning rate.
+            weight_decay: Weight decay.
+
+        Returns:
+            A list of groups in PyTorch's form.
+
+        Raises:
+            ValueError: If a rate is negative or not finite.
+        """
+        check_number("lr", lr, minimum=0.0, strict=True)
+        check_number("weight_decay", weight_decay, minimum=0.0)
+        trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        return [{"params": trainable, "lr": lr, "weight_decay": weight_decay}]
+
+    def row_projections(self, model: nn.Module) -> dict[str, Callable[[Tensor], Tensor]]:
+        """The projections under which training moves: parameter name to projection; none, unless overridden.
+
+        Args:
+            model: A network converted to this method.
+
+        Returns:
+            Callables on tensors of shape [..., *parameter.shape].
+        """
+        return {}

@@ -1,0 +1,203 @@
+"""MimicNorm: weight mean on the layers, one BatchNorm on the logits, one scalar per residual branch.
+
+Source: Fei, Dai, Li, Zou and Xiong 2020 (arXiv 2010.09278). The paper and its code differ; each is a variant here.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import KW_ONLY, dataclass
+from typing import Any, ClassVar, Literal, get_args
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from mimicnorm._validation import check_number, check_choice
+from mimicnorm.initialization import HE, fan_in, fan_out, theorem_3_variance
+from mimicnorm.methods.base import Method
+from mimicnorm.methods.none import he_std, needs_bias
+from mimicnorm.normalization import LastBatchNorm1d
+from mimicnorm.report import ConversionReport
+from mimicnorm.state import projected_weights
+from mimicnorm.surgery import Surgery
+from mimicnorm.tracing import Layer, ResidualBlock
+from mimicnorm.weight_mean import RowCentering, center_weights_
+
+Variant = Literal["paper", "cifar_code", "imagenet_code"]
+
+CHAIN_VARIANCE = 2.8
+"""Numerator of the conv variance in the code's chains (VGG); Theorem 3 asks for 2.934."""
+
+SCALAR_BASE = 1.2
+"""The code's rounding of 1 / sqrt(1 - 1/pi) = 1.211, once per conv of a branch."""
+
+CIFAR_FAN_IN = 50
+"""The CIFAR code projects a conv only if its fan-in exceeds this."""
+
+
+@dataclass(frozen=True)
+class MimicNorm(Method):
+    """MimicNorm as its paper describes it or as its code does.
+
+    | | paper | cifar_code | imagenet_code |
+    |---|---|---|---|
+    | projected convs | all but depthwise | fan-in > 50 | groups = 1 |
+    | conv variance, residual network | Theorem 3 / fan-in | 2 / fan-in | 2 / fan-in |
+    | conv variance, chain (VGG) | Theorem 3 / fan-in | 2.8 / fan-in | 2.8 / fan-out |
+    | conv variance, not projected | 2 / fan-in | as above | as above |
+    | branch scalar of block l with m layers | 1 / sqrt(l) | 1.2^m / l | 1.2^m / l, and 1.2 after a downsample conv |
+
+    A layer with fan-in 1 is never projected, since nothing would be left of it. A Linear is drawn with variance
+    2 / fan-in (1 / fan-in if it sees the raw input), bias 0, and is projected only under `linear`.
+
+    Source: arXiv 2010.09278, Theorem 3, sections on weight mean, last BN and residual networks; code Kid-key/MimicNorm
+    at d64fb51.
+
+    Attributes:
+        variant: Which of the three the source offers.
+        weight_mean: Whether rows are kept at zero mean; without it, what would have been projected is drawn after He.
+        last_batch_norm: Whether the logits pass through a BatchNorm without affine parameters.
+        branch_scalar: Whether a residual branch ends in a learnable scalar.
+        linear: Whether weight mean and Theorem 3's variance extend to Linear layers, all but one that sees the raw
+            input, which gets sigma_w^2 = 1 (eq. (1): K^1 = K^0). This is the fully connected network of the paper's
+            theory; its code never does it.
+        bias: Whether a layer whose BatchNorm is removed gets a zero bias if it has none: None for convolutions only, as
+            the code does; True for all; False for none.
+        eps: Added to the variance in the last BatchNorm; 0 is admitted.
+
+    Raises:
+        ValueError: If the variant is unknown or eps is negative or not finite.
+    """
+
+    name: ClassVar[str] = "mimicnorm"
+    source: ClassVar[str] = "Fei et al. 2020, arXiv 2010.09278; code Kid-key/MimicNorm at d64fb51"
+
+    variant: Variant = "paper"
+    _: KW_ONLY
+    weight_mean: bool = True
+    last_batch_norm: bool = True
+    branch_scalar: bool = True
+    linear: bool = False
+    bias: bool | None = None
+    eps: float = 1e-5
+
+    def __post_init__(self) -> None:
+        """Check the options."""
+        check_choice("variant", self.variant, get_args(Variant))
+        check_number("eps", self.eps, minimum=0.0)
+
+    def apply_(
+        self, model: nn.Module, *, example_input: Tensor | None = None, generator: torch.Generator | None = None
+    ) -> ConversionReport:
+        """Convert in place; see `Method.apply_`."""
+        surgery = Surgery(model, example_input=example_input, generator=generator, logits=self.last_batch_norm)
+        blocks = surgery.structure.blocks
+        if self.branch_scalar:
+            surgery.check_scalable()
+            for block in blocks:
+                self._scale(surgery, block)
+        surgery.remove_batch_norms()
+        for layer in surgery.structure.layers:
+            if needs_bias(layer, self.bias):
+                surgery.add_bias(layer)
+            selected, reason = self.selects(layer)
+            std = self._std(layer, selected=selected, chain=not blocks)
+            surgery.initialize(layer, std, project=selected and self.weight_mean, reason=reason)
+        if self.last_batch_norm:
+            weight = surgery.structure.head.module.weight
+            last = LastBatchNorm1d(weight.shape[0], self.eps, dtype=weight.dtype, device=weight.device)
+            surgery.insert_after_head("last_batch_norm", last, "the one BatchNorm kept, on the logits")
+        return surgery.finish(self)
+
+    def attach(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> RemovableHandle:
+        """Project the weights now and after every optimizer step.
+
+        Attaching again to the same optimizer returns the handle that is already there.
+
+        Args:
+            model: A network converted to this method.
+            optimizer: The optimizer of its parameters.
+
+        Returns:
+            A handle with `remove()`, also a context manager.
+
+        Raises:
+            ValueError: If the network was not converted, or the optimizer holds none of its projected weights.
+        """
+        weights = projected_weights(model)
+        if not weights:
+            return super().attach(model, optimizer)
+        held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+        if not any(id(weight) in held for weight in weights.values()):
+            raise ValueError(
+                "optimizer must hold the converted network's parameters; got one that holds none of its projected "
+                "weights: build it after convert, from mimicnorm.param_groups(model, lr=...)."
+            )
+        center_weights_(list(weights.values()))
+        for hook in optimizer._optimizer_step_post_hooks.values():
+            if isinstance(hook, _ProjectAfterStep) and hook.model is model:
+                return hook.handle
+        return _ProjectAfterStep(model, optimizer).handle
+
+    def row_projections(self, model: nn.Module) -> dict[str, Callable[[Tensor], Tensor]]:
+        """Row centering for each projected weight, by parameter name; see `Method.row_projections`."""
+        return {name: RowCentering(weight.ndim) for name, weight in projected_weights(model).items()}
+
+    def selects(self, layer: Layer) -> tuple[bool, str]:
+        """Whether weight mean applies to a layer, and why.
+
+        Args:
+            layer: A Linear or convolution with its place in the network.
+
+        Returns:
+            The choice and its reason.
+        """
+        module = layer.module
+        n = fan_in(module.weight)
+        if n < 2:
+            return False, "fan-in 1: weight mean would leave nothing"
+        if isinstance(module, nn.Linear):
+            if not self.linear:
+                return False, "Linear: not projected in the source's code"
+            return (False, "first Linear: sees the raw input") if layer.first else (True, "Linear fed by activations")
+        if self.variant == "cifar_code":
+            return n > CIFAR_FAN_IN, f"fan-in {'>' if n > CIFAR_FAN_IN else '<='} {CIFAR_FAN_IN}"
+        if self.variant == "imagenet_code":
+            return module.groups == 1, "groups = 1" if module.groups == 1 else "grouped"
+        depthwise = module.groups > 1 and module.groups == module.in_channels
+        return not depthwise, "depthwise" if depthwise else "not depthwise"
+
+    def _std(self, layer: Layer, *, selected: bool, chain: bool) -> float:
+        weight = layer.module.weight
+        n = fan_in(weight)
+        if isinstance(layer.module, nn.Linear) and not selected:
+            return he_std(layer)
+        if selected and not self.weight_mean:
+            return math.sqrt(HE / n)
+        if self.variant == "paper" or isinstance(layer.module, nn.Linear):
+            return math.sqrt((theorem_3_variance(n) if selected else HE) / n)
+        if not chain:
+            return math.sqrt(HE / n)
+        return math.sqrt(CHAIN_VARIANCE / (fan_out(weight) if self.variant == "imagenet_code" else n))
+
+    def _scale(self, surgery: Surgery, block: ResidualBlock) -> None:
+        if self.variant == "paper":
+            value = 1.0 / math.sqrt(block.number)
+        else:
+            value = SCALAR_BASE**block.branch_layers / block.number
+        surgery.scale_end(block.branch_end, value, f"end of residual branch {block.number}: scalar {value:.4g}")
+        if self.variant == "imagenet_code" and block.shortcut_end is not None and block.shortcut_layers:
+            surgery.scale_end(
+                block.shortcut_end, SCALAR_BASE, f"end of downsample {block.number}: scalar {SCALAR_BASE}"
+            )
+
+
+class _ProjectAfterStep:
+    """The hook that `attach` registers; knows its network and its handle."""
+
+    def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+        self.model = model
+        self.handle = optimizer.register_step_post_hook(self)
+
+    def __call__(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+        center_weights_(list(projected_weights(self.model).values()))
