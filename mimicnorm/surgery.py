@@ -12,7 +12,7 @@ from mimicnorm.initialization import fan_in, normal_
 from mimicnorm.methods.base import Method
 from mimicnorm.report import Action, ConversionReport, ReportEntry
 from mimicnorm.state import STATE, ConversionState
-from mimicnorm.tracing import Layer, Structure, trace
+from mimicnorm.tracing import Layer, Structure, WeightLayer, trace
 from mimicnorm.weight_mean import center_weights_
 
 REPORT = "conversion_report"
@@ -44,7 +44,13 @@ class Surgery:
         if example_input is not None:
             head = self.structure.head.module.weight.shape[0]
             check_example_input(model, example_input, logits=head if logits else None)
-        self._before = {path: module for path, module in model.named_modules() if not list(module.children()) and path}
+        if logits:
+            _check_head(self.structure, model)
+        self._before = {
+            path: module
+            for path, module in model.named_modules()
+            if path and (isinstance(module, (_BatchNorm, WeightLayer)) or next(module.children(), None) is None)
+        }
         self._entries: dict[str, ReportEntry] = {}
         self._inserted: list[ReportEntry] = []
         self._projected: list[Tensor] = []
@@ -103,7 +109,7 @@ class Surgery:
         """
         weight = self.structure.layers[0].module.weight
         scalar = BranchScalar(value, dtype=weight.dtype, device=weight.device)
-        if isinstance(self._before[path], _BatchNorm):
+        if isinstance(self.model.get_submodule(path), _BatchNorm):
             self._replace(path, scalar, reason)
         else:
             self._insert_after(path, "branch_scalar", scalar, reason)
@@ -136,7 +142,7 @@ class Surgery:
         """Replace a module under every name it is registered by."""
         new.train(old.training)
         for parent in list(self.model.modules()):
-            for name, child in list(parent.named_children()):
+            for name, child in list(parent._modules.items()):
                 if child is old:
                     setattr(parent, name, new)
 
@@ -160,7 +166,7 @@ def _untouched(module: nn.Module, *, called: bool) -> tuple[Action, str]:
     """Action and reason for a module that the method left alone."""
     kind = type(module)
     if not called and next(module.parameters(), None) is not None:
-        return "skipped", "not called in forward"
+        return "skipped", "not called as a module in forward"
     if kind.__module__ == "torch.nn.modules.activation" and kind not in (nn.ReLU, nn.Softmax, nn.LogSoftmax):
         return "kept", "initialization assumes ReLU"
     if next(module.parameters(), None) is not None:
@@ -174,6 +180,15 @@ def _check_convertible(model: nn.Module) -> None:
         raise ValueError(
             f"model must be in its BatchNorm form; got one already converted by {state.method!r}: "
             "convert the original network instead."
+        )
+
+
+def _check_head(structure: Structure, model: nn.Module) -> None:
+    head = structure.head
+    if not isinstance(head.module, nn.Linear) and not isinstance(model.get_submodule(structure.head_end), nn.Flatten):
+        raise ValueError(
+            f"model must flatten the output of its last convolution {head.path!r} to [N, C] with nn.Flatten to carry a "
+            "last BatchNorm; it does not: add that module, or use MimicNorm(last_batch_norm=False)."
         )
 
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from mimicnorm._validation import check_number, check_choice
+from mimicnorm._validation import check_choice, check_number
 from mimicnorm.initialization import HE, fan_in, fan_out, theorem_3_variance
 from mimicnorm.methods.base import Method
 from mimicnorm.methods.none import he_std, needs_bias

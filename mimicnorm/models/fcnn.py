@@ -5,7 +5,7 @@ from collections import OrderedDict
 import torch
 from torch import nn
 
-from mimicnorm._validation import check_count, check_number, check_choice
+from mimicnorm._validation import check_choice, check_count, check_number
 from mimicnorm.models._build import he_initialize_, isolated
 from mimicnorm.normalization import ExactBatchNorm1d
 
