@@ -37,7 +37,7 @@ class Contraction:
         projections: Parameter name -> linear map applied to its rows.
         groups: Parameter name -> key of the kernel that its contribution is added to.
         max_memory: Bytes that Jacobian rows may take, or None.
-        report: Called with (rows done, rows in all).
+        report: Called after each chunk with (rows computed, rows to compute in all).
     """
 
     reduce: str
@@ -51,13 +51,14 @@ class Contraction:
 class JacobianRows:
     """Rows of the Jacobian of one batch, computed on request."""
 
-    def __init__(self, batch: Batch, plan: Contraction, chunk: int) -> None:
+    def __init__(self, batch: Batch, plan: Contraction, chunk: int, on_rows: Callable[[int], None]) -> None:
         """Hold a batch and see that it can be differentiated.
 
         Args:
             batch: A forward pass with its graph.
             plan: Which rows there are, and how they are projected.
             chunk: Rows per call of autograd at most.
+            on_rows: Called after each chunk with its number of rows.
 
         Raises:
             NoParametersError: The output is not connected to any selected parameter.
@@ -70,12 +71,8 @@ class JacobianRows:
         self.batch = batch
         self.plan = plan
         self.chunk = max(1, min(chunk, CHUNK_BYTES // (4 * batch.activation_bytes)))
+        self.on_rows = on_rows
         self.batched = True
-
-    def count(self) -> int:
-        """Number of rows that one pass over the outputs has."""
-        n, o = self.batch.output.shape
-        return n * o if self.plan.reduce == "none" else n
 
     def rows(self, start: int, stop: int, unit: int) -> dict[str, torch.Tensor]:
         """Projected rows start to stop, flattened per parameter.
@@ -103,6 +100,7 @@ class JacobianRows:
                 if name not in tile:
                     tile[name] = gradient.new_empty(stop - start, parameter.numel())
                 tile[name][begin - start : end - start] = gradient.reshape(end - begin, -1)
+            self.on_rows(end - begin)
         return tile
 
     def _cotangents(self, start: int, stop: int, unit: int) -> torch.Tensor:
@@ -169,24 +167,24 @@ def contract(first: Batch, second: Batch | None, plan: Contraction) -> dict[str,
     per_example = o if plan.reduce == "none" else 1
     counts = n * per_example, 0 if second is None else second.output.shape[0] * per_example
     tile, chunk = tile_rows(counts, row_bytes, plan.max_memory)
-    left = JacobianRows(first, plan, chunk)
-    right = left if second is None else JacobianRows(second, plan, chunk)
-    shape = left.count(), right.count()
-    kernels = {group: torch.zeros(shape, dtype=torch.float64) for group in dict.fromkeys(plan.groups.values())}
+    shape = counts[0], counts[0] if second is None else counts[1]
+    steps = list(_tile_pairs(shape, tile, symmetric=second is None))
     units = range(o) if plan.reduce == "trace" else range(1)
-    steps = list(_tile_pairs(shape, tile, symmetric=right is left))
+    on_rows = _counter(plan, len(units) * _rows_to_compute(steps, symmetric=second is None))
+    left = JacobianRows(first, plan, chunk, on_rows)
+    right = left if second is None else JacobianRows(second, plan, chunk, on_rows)
+    kernels = {group: torch.zeros(shape, dtype=torch.float64) for group in dict.fromkeys(plan.groups.values())}
     for unit in units:
         held: slice | None = None
         rows: dict[str, torch.Tensor] = {}
         columns: dict[str, torch.Tensor] = {}
-        for index, (a, b) in enumerate(steps):
+        for a, b in steps:
             columns = {}  # let go of one tile before the next is computed
             if held != a:
                 rows = {}
                 held, rows = a, left.rows(a.start, a.stop, unit)
             columns = rows if right is left and a == b else right.rows(b.start, b.stop, unit)
             _accumulate(kernels, plan, (rows, columns), (a, b), mirror=right is left)
-            plan.report(unit * len(steps) + index + 1, len(units) * len(steps))
     scale = 1.0 / o if plan.reduce == "trace" else 1.0
     return {group: _shape(kernel * scale, plan, o, first.output.dtype) for group, kernel in kernels.items()}
 
@@ -232,6 +230,24 @@ def _tile_pairs(shape: tuple[int, int], tile: int, *, symmetric: bool) -> Iterat
         a = slice(i * tile, min((i + 1) * tile, shape[0]))
         for j in range(i if symmetric else 0, math.ceil(shape[1] / tile)):
             yield a, slice(j * tile, min((j + 1) * tile, shape[1]))
+
+
+def _counter(plan: Contraction, total: int) -> Callable[[int], None]:
+    """A function that adds up rows and passes the sum on."""
+    done = 0
+
+    def on_rows(rows: int) -> None:
+        nonlocal done
+        done += rows
+        plan.report(done, total)
+
+    return on_rows
+
+
+def _rows_to_compute(steps: list[tuple[slice, slice]], *, symmetric: bool) -> int:
+    """Rows that one pass over the tile pairs computes, those computed again included."""
+    rows = {a.start: a.stop - a.start for a, _ in steps}
+    return sum(rows.values()) + sum(b.stop - b.start for a, b in steps if not (symmetric and a == b))
 
 
 def _accumulate(

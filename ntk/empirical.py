@@ -181,5 +181,5 @@ def _kernels(
 
 
 def _report(done: int, total: int) -> None:
-    sys.stderr.write(f"\rempirical NTK: {done} of {total} blocks" + ("\n" if done == total else ""))
+    sys.stderr.write(f"\rempirical NTK: {done} of {total} Jacobian rows" + ("\n" if done == total else ""))
     sys.stderr.flush()

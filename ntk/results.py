@@ -141,7 +141,7 @@ class KernelResult:
             return self
         if self.reduce != "none":
             raise ConventionError(
-                f"trace_mean needs reduce='none' or 'trace', and this kernel has reduce={self.reduce!r}, from which the "
+                f"trace_mean needs reduce='none' or 'trace', and got {self.reduce!r}: from the latter "
                 "the diagonal over outputs cannot be recovered; compute it with reduce='trace'."
             )
         if self.standard_error is not None:
