@@ -140,7 +140,7 @@ def dress(axes: Axes, *, xlabel: str, ylabel: str, grid: str = "y") -> None:
 
 
 def legend(figure: Figure, axes: Axes) -> None:
-    """Writes the legend below the axes, points before lines, in as many columns as fit; none when nothing is labelled."""
+    """Writes the legend below the axes, points before lines, in as many columns as fit; none without labels."""
     from matplotlib.lines import Line2D
 
     entries = sorted(
