@@ -25,7 +25,7 @@ export JUPYTER_RUNTIME_DIR := $(CACHE)/jupyter/runtime
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help install verify test lint typecheck contracts format notebooks spectra clean
+.PHONY: help install verify test lint style typecheck contracts format notebooks spectra clean
 
 help:  ## Show this menu
 	@echo "make TARGET, where TARGET is one of"
@@ -82,7 +82,9 @@ test: lint  ## Everything that must hold: lint, import contracts, all tests, all
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) -m "$$selection" tests
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --nbmake notebooks/
 
-lint: $(STAMP) typecheck contracts  ## Style, format, types and import contracts, without changing a file
+lint: style typecheck contracts  ## Style, types and import contracts, without changing a file
+
+style: $(STAMP)  ## Only the style and the format (ruff)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
