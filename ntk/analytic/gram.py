@@ -1,0 +1,76 @@
+"""Checks on the Gram matrix from which a kernel is propagated."""
+
+import numpy as np
+from numpy.typing import ArrayLike
+
+from ntk.analytic.precision import Array
+
+
+def require_gram(gram: ArrayLike) -> Array:
+    """Return the Gram matrix in float64, exactly symmetric.
+
+    Tolerances are the rounding of the dtype received: a product of feature matrices of n rows errs by about n·eps of
+    its largest entry. Eigenvalues that are negative within it are left as they are.
+
+    Args:
+        gram: K⁰ [n, n], the covariance of the first pre-activations (theory.md §1.1).
+
+    Returns:
+        The matrix [n, n].
+
+    Raises:
+        ValueError: If it is not a square, finite, symmetric, positive semi-definite matrix with a positive diagonal.
+    """
+    received = np.asarray(gram)
+    values = received.astype(np.float64)
+    if values.ndim != 2 or values.shape[0] != values.shape[1] or values.size == 0:
+        raise ValueError(
+            f"gram: must be a square matrix [n, n]; received shape {values.shape}. For inputs x [n, d] "
+            "pass x @ x.T / d."
+        )
+    if not np.all(np.isfinite(values)):
+        count = int(np.sum(~np.isfinite(values)))
+        raise ValueError(
+            f"gram: must be finite; {count} of its {values.size} entries are not. Look for NaN or "
+            "overflow in the inputs."
+        )
+    eps = np.finfo(received.dtype).eps if np.issubdtype(received.dtype, np.floating) else np.finfo(np.float64).eps
+    tolerance = 8 * values.shape[0] * float(eps) * float(np.abs(values).max())
+    asymmetry = float(np.abs(values - values.T).max())
+    if asymmetry > tolerance:
+        raise ValueError(
+            f"gram: must be symmetric; entries differ from their mirror images by up to {asymmetry:.3g} (rounding "
+            f"explains {tolerance:.3g}). Pass the Gram matrix of one set of inputs, x @ x.T / d."
+        )
+    values = (values + values.T) / 2
+    if values.diagonal().min() <= 0:
+        row = int(values.diagonal().argmin())
+        raise ValueError(
+            f"gram: must have a positive diagonal, as correlations divide by it; entry ({row}, {row}) is "
+            f"{values[row, row]}. Remove the input that is zero."
+        )
+    lowest = float(np.linalg.eigvalsh(values)[0])
+    if lowest < -tolerance:
+        raise ValueError(
+            f"gram: must be positive semi-definite, being a covariance; its lowest eigenvalue is {lowest:.6g} "
+            f"(rounding explains {-tolerance:.3g}). Pass x @ x.T / d, not a matrix of distances."
+        )
+    return values
+
+
+def correlations(kernel: Array) -> tuple[Array, Array]:
+    """Split a covariance matrix into variances and correlations.
+
+    The diagonal of the correlations is exactly one: at c = 1 − 2⁻⁵³ the derivative kernel of ReLU would already err by
+    2e−9 per layer (theory.md §7, "Precision").
+
+    Args:
+        kernel: Covariance matrix [n, n] with a positive diagonal.
+
+    Returns:
+        Variances [n] and correlations [n, n].
+    """
+    variance = kernel.diagonal().copy()
+    rho = np.clip(kernel / np.sqrt(np.outer(variance, variance)), -1.0, 1.0)
+    np.fill_diagonal(rho, 1.0)
+    return variance, rho

@@ -1,0 +1,47 @@
+"""The result of a propagation: kernels at every depth, with the conventions under which they hold."""
+
+from dataclasses import dataclass, field
+
+from ntk.analytic.precision import Array, read_only
+
+
+@dataclass(frozen=True, eq=False)
+class AnalyticKernels:
+    """NNGP and NTK of an infinitely wide network, and what they assume.
+
+    Attributes:
+        nngp: Pre-activation covariance K at the last depth [n, n].
+        ntk: Tangent kernel Θ of one output at the last depth [n, n].
+        depth: Number of activations D; the network has D + 1 linear layers.
+        norm: "none", "weight_mean" or "batch_norm".
+        activation: Name of the activation.
+        sigma_w2: Weight variance σw² of the layers after the first, whose gain is one.
+        sigma_b2: Bias variance of these layers.
+        parametrization: "ntk" or "standard".
+        projected: Whether the NTK is that of training in the subspace that the norm allows (theory.md §2.2).
+        n_statistics: Number of leading rows whose batch statistics are used; None without batch norm.
+        statistics: "differentiated", "mean_differentiated" or "constant"; None without batch norm.
+        nngp_by_depth: K at depths 0 … D [D + 1, n, n]; None unless every depth was kept.
+        ntk_by_depth: Θ at depths 0 … D [D + 1, n, n]; None unless every depth was kept.
+    """
+
+    nngp: Array = field(repr=False)
+    ntk: Array = field(repr=False)
+    depth: int
+    norm: str
+    activation: str
+    sigma_w2: float
+    sigma_b2: float
+    parametrization: str
+    projected: bool
+    n_statistics: int | None
+    statistics: str | None
+    nngp_by_depth: Array | None = field(repr=False)
+    ntk_by_depth: Array | None = field(repr=False)
+
+    def __post_init__(self) -> None:
+        """Make every array a read-only float64 copy."""
+        for name in ("nngp", "ntk", "nngp_by_depth", "ntk_by_depth"):
+            values = getattr(self, name)
+            if values is not None:
+                object.__setattr__(self, name, read_only(values))
