@@ -71,7 +71,7 @@ def center_weights_(weights: Sequence[Tensor]) -> None:
     """Apply `center_weight_` to many weights with one fused subtraction.
 
     Args:
-        weights: Tensors of shape [O, ...], on any devices.
+        weights: Tensors of shape [O, ...], on any devices. One that occurs twice is projected once.
 
     Raises:
         ValueError: If a weight has fewer than 2 axes.
@@ -85,6 +85,6 @@ def center_weights_(weights: Sequence[Tensor]) -> None:
     if not weights:
         return
     with torch.no_grad():
-        raw = [weight.detach() for weight in weights]
+        raw = [weight.detach() for weight in {id(weight): weight for weight in weights}.values()]
         means = [weight.mean(dim=tuple(range(1, weight.ndim)), keepdim=True) for weight in raw]
         torch._foreach_sub_(raw, means)
