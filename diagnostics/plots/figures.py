@@ -66,7 +66,7 @@ class Curve:
         rows = series(measurement, self.x_axis, self.series_axis, self.select)
         x = numbers(measurement, self.x_axis)
         with styled():
-            figure, axes = canvas(3.3)
+            figure, axes = canvas(3.1)
             colours = _points(axes, x, rows)
             _curves(axes, {} if theory is None else theory.curves, rows, colours)
             if self.reference is not None:
@@ -229,7 +229,7 @@ def _curves(
     for label, (x, y) in curves.items():
         owner = next((index for index, row in enumerate(rows) if label in row.names), None)
         if owner is not None:
-            axes.plot(x, y, color=colours[owner], linewidth=1.2, alpha=0.85, zorder=2)
+            axes.plot(x, y, color=colours[owner], linewidth=1.2, zorder=2)
             matched = True
         else:
             axes.plot(

@@ -51,7 +51,7 @@ def measurement_html(measurement: Measurement) -> str:
     if fixed:
         line += " · drawn at " + escape(", ".join(f"{axis} = {short(value)}" for axis, value in fixed.items()))
     elif measurement.standard_error is not None:
-        line += " · bars: four standard errors"
+        line += " · whiskers: four standard errors"
     figure = measurement_figure(measurement)
     drawing = (
         ""

@@ -19,7 +19,7 @@ PALETTE = ("#1d73c9", "#e07306", "#d61f50", "#30a66b", "#8638fa", "#d56dab")
 
 MARKERS = ("o", "s", "^", "D", "v", "P")
 DASHES = ("--", ":", "-.", (0, (6, 1.5, 1, 1.5, 1, 1.5)))
-WIDTH = 5.0
+WIDTH = 4.7
 """Width of a figure in inches: with 9-point type it reads both on a phone and scaled up on a desktop."""
 
 _SUPERSCRIPTS = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")

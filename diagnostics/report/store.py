@@ -66,6 +66,26 @@ def write_atomically(path: Path, content: str | bytes) -> Path:
     return path
 
 
+def reserve(path: Path) -> Path:
+    """Makes a folder for a report that is written in one go.
+
+    Args:
+        path: The folder; it may exist when it is empty.
+
+    Raises:
+        UsageError: If the folder holds anything, or cannot be made.
+    """
+    contents = _contents(path)
+    _require_empty(path, contents)
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as problem:
+        raise UsageError(
+            f"out must be a folder that can be made, got {path}: {problem.strerror}. Choose another --out"
+        ) from None
+    return path
+
+
 def stored_outcome(folder: Path, claim: Claim) -> Outcome | None:
     """The outcome of a claim that is finished in the folder; None while it is not."""
     from diagnostics.claims.claim import Outcome
@@ -101,10 +121,7 @@ class ReportFolder:
         contents = _contents(path)
         if contents:
             if RUN not in contents:
-                raise UsageError(
-                    f"out must be a new or empty folder, got {path}, which holds {', '.join(contents[:3])}. "
-                    "Nothing was overwritten; choose another --out"
-                )
+                _require_empty(path, contents)
             _same_run(path, settings, resume=resume)
         elif resume:
             raise UsageError(
@@ -204,6 +221,19 @@ def _place(folder: Path, claim: Claim) -> Path:
     from diagnostics.plots.svg import slug
 
     return folder / "claims" / f"{slug(claim.name)}.json"
+
+
+def _require_empty(path: Path, contents: list[str]) -> None:
+    """Refuses a folder that holds something.
+
+    Raises:
+        UsageError: If it does.
+    """
+    if contents:
+        raise UsageError(
+            f"out must be a new or empty folder, got {path}, which holds {', '.join(contents[:3])}. "
+            "Nothing was overwritten; choose another --out"
+        )
 
 
 def _contents(path: Path) -> list[str]:

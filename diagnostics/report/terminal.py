@@ -1,0 +1,135 @@
+"""Progress and verdicts in a terminal."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Any
+
+from diagnostics.claims.claim import Claim, Outcome
+from diagnostics.report import words
+from diagnostics.report.store import stored_outcome
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.progress import TaskID
+    from rich.table import Table
+
+    from diagnostics.verify import VerificationReport
+
+STYLES = {
+    Outcome.SUPPORTED: ("✓", "green"),
+    Outcome.REFUTED: ("✕", "red"),
+    Outcome.INCONCLUSIVE: ("?", "yellow"),
+    Outcome.NOT_APPLICABLE: ("–", "dim"),
+    Outcome.NOT_RUN: ("–", "dim"),
+}
+"""Mark and colour of each outcome."""
+
+
+class ProgressLines:
+    """One line per claim: a bar while it is examined, then a mark and the verdict.
+
+    Where the console is not a terminal, each claim is written once, when it is finished. The object is the ``progress``
+    that :func:`diagnostics.verify.verify` calls, and a context manager around that call.
+    """
+
+    def __init__(self, console: Console, folder: Path) -> None:
+        """Prepares the lines.
+
+        Args:
+            console: Where to write.
+            folder: The folder of the run, from which verdicts are read.
+        """
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+
+        self._console = console
+        self._folder = folder
+        self._current: Claim | None = None
+        self._tasks: dict[str, TaskID] = {}
+        self._live = Progress(
+            TextColumn("{task.fields[mark]}"),
+            TextColumn("{task.description}", markup=False),
+            BarColumn(bar_width=24),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[verdict]}"),
+            console=console,
+        )
+
+    def __enter__(self) -> ProgressLines:
+        """Starts the display."""
+        if self._console.is_terminal:
+            self._live.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Settles the last claim and ends the display."""
+        self._settle()
+        if self._console.is_terminal:
+            self._live.stop()
+
+    def __call__(self, claim: Claim, finished: int, total: int) -> None:
+        """Notes that so many of the replications of a claim are finished."""
+        if self._current is None or self._current.name != claim.name:
+            self._settle()
+            self._current = claim
+        if not self._console.is_terminal:
+            return
+        if claim.name not in self._tasks:
+            self._tasks[claim.name] = self._live.add_task(claim.title, total=total, mark=" ", verdict="")
+        self._live.update(self._tasks[claim.name], completed=finished, total=total)
+
+    def _settle(self) -> None:
+        """Writes the verdict of the claim that was under way, if it has one."""
+        claim, self._current = self._current, None
+        outcome = None if claim is None else stored_outcome(self._folder, claim)
+        if claim is None or outcome is None:
+            return
+        mark, style = STYLES[outcome]
+        if self._console.is_terminal:
+            verdict = f"[{style}]{words.BADGES[outcome]}[/]"
+            self._live.update(self._tasks[claim.name], mark=f"[{style}]{mark}[/]", verdict=verdict)
+        else:
+            plain(self._console, f"{mark} {claim.name}: {words.BADGES[outcome]}")
+
+
+def plain(console: Console, text: str) -> None:
+    """Writes a line as it is: no markup, no highlighting, no wrapping, so that it can be copied."""
+    console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+
+def verdict_table(report: VerificationReport) -> Table:
+    """The verdicts of a run."""
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
+    for heading, settings in _COLUMNS.items():
+        table.add_column(heading, **settings)
+    for finding in report.findings:
+        claim, theory = finding.claim, finding.theory
+        mark, style = STYLES[finding.verdict.outcome]
+        control = "—" if claim.control is None else words.badge(finding.control)
+        table.add_row(
+            Text(claim.name),
+            Text(words.measured(finding.verdict.estimate)),
+            Text(words.predicted(claim.prediction)),
+            Text("—" if theory is None else words.number(theory.value)),
+            Text(f"{mark} {words.badge(finding.verdict)}", style=style),
+            Text(control),
+            Text("" if finding.as_catalogued else "departs", style="magenta"),
+        )
+    return table
+
+
+_COLUMNS: dict[str, dict[str, Any]] = {
+    "claim": {"overflow": "fold"},
+    "measured": {"justify": "right"},
+    "claim predicts": {"justify": "right"},
+    "theory": {"justify": "right"},
+    "verdict": {"no_wrap": True},
+    "control": {},
+    "": {},
+}
