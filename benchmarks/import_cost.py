@@ -2,8 +2,8 @@
 
 Run: .venv/bin/python benchmarks/import_cost.py [REPETITIONS]
 
-Prints the median wall-clock time of each of the two, their difference, and the median of the ratios of neighbouring runs.
-The first run of each only warms the disk's cache and is left out.
+Prints the median wall-clock time of each of the two, their difference, and the median of the ratios of neighbouring
+runs. The first run of each only warms the disk's cache and is left out.
 """
 
 from __future__ import annotations
