@@ -61,7 +61,7 @@ $(STAMP): pyproject.toml constraints.txt
 verify: $(STAMP)  ## Decide the catalogued claims on embedded data (quick profile) and write the report
 	@status=0; $(BIN)/mimicnorm verify --profile quick || status=$$?; \
 	report=$$(ls -td reports/verify-*/ 2>/dev/null | head -n 1); \
-	if [ -n "$$report" ]; then echo "The report is $(CURDIR)/$${report}index.html"; fi; \
+	if [ -n "$$report" ] && [ -f "$${report}index.html" ] && [ $$status -ne 2 ]; then echo "The report is $(CURDIR)/$${report}index.html"; fi; \
 	exit $$status
 
 # pytest's own warnings are errors; numerical libraries get one thread per worker, or the workers would fight over cores.

@@ -11,6 +11,7 @@ import importlib.metadata
 import os
 import re
 import subprocess
+import sys
 import tomllib
 from collections.abc import Mapping
 from pathlib import Path
@@ -376,3 +377,12 @@ def test_the_hooks_of_pre_commit_are_targets_of_the_menu() -> None:
     ]
     assert {hook["entry"].removeprefix("make ") for hook in hooks} <= menu((ROOT / "Makefile").read_text())
     assert len(hooks) >= 3
+
+
+def test_the_first_use_in_the_readme_runs() -> None:
+    """The first block of Python; the second one takes minutes, and `make verify` runs the same."""
+    program = re.search(r"^```python\n(.*?)^```", (ROOT / "README.md").read_text(), re.MULTILINE | re.DOTALL)[1]
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr == ""
+    assert "condition number" in done.stdout.replace("_", " ")
