@@ -1,4 +1,4 @@
-"""The last BatchNorm: methods.md 1.7, properties 8, 10 and 12."""
+"""The last BatchNorm: standardized logits, a cancelled bias, scale invariance (arXiv 2010.09278)."""
 
 import copy
 

@@ -1,4 +1,7 @@
-"""What each variant projects, draws and scales: methods.md 1.2, 1.3 and 1.7, properties 6, 7, 9."""
+"""What each variant projects, draws and scales.
+
+The lists are those of the paper (arXiv 2010.09278) and of its code (Kid-key/MimicNorm at d64fb51).
+"""
 
 import math
 from typing import Any
@@ -15,7 +18,7 @@ from mimicnorm.normalization import LastBatchNorm1d
 
 THEOREM_3 = 2 / (1 - 1 / math.pi)
 
-# methods.md 1.3; the ImageNet code adds 1.2 after each of the three downsample convolutions.
+# Initial values in the source; the ImageNet code adds 1.2 after each of the three downsample convolutions.
 PAPER = [1 / math.sqrt(block) for block in range(1, 9)]
 CIFAR = [1.44, 0.72, 0.48, 0.36, 0.288, 0.24, 0.2057, 0.18]
 IMAGENET = [1.44, 0.72, 0.48, 1.2, 0.36, 0.288, 1.2, 0.24, 0.2057, 1.2, 0.18]
@@ -138,7 +141,7 @@ def test_the_variance_check_tells_the_variants_apart(networks: dict[str, nn.Modu
 
 
 def test_effective_gains_of_the_imagenet_vgg(networks: dict[str, nn.Module]) -> None:
-    """methods.md 1.3: sqrt(n) times the standard deviation is 0.355 in the stem, 1.18 widening, 1.67 elsewhere."""
+    """Counted in the source: sqrt(n) times the deviation is 0.355 in the stem, 1.18 widening, 1.67 elsewhere."""
     network = mimicnorm.convert(networks["vgg16"], MimicNorm("imagenet_code"), generator=generator(1))
     convs = [module for module in network.modules() if isinstance(module, nn.Conv2d)]
     for conv in convs:

@@ -105,6 +105,23 @@ def test_the_branch_is_the_deeper_side_even_where_the_shortcut_has_a_convolution
     assert isinstance(model[0].downsample[1], nn.Identity)
 
 
+def test_the_scalar_of_the_code_counts_the_layers_of_the_branch() -> None:
+    """The bottleneck's list in the source: 1.728, 0.864, 0.576, ..."""
+
+    class Bottleneck(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            norms = [nn.BatchNorm2d(4) for _ in range(3)]
+            self.branch = nn.Sequential(conv(), norms[0], nn.ReLU(), conv(), norms[1], nn.ReLU(), conv(), norms[2])
+
+        def forward(self, x: Tensor) -> Tensor:
+            return (self.branch(x) + x).relu()
+
+    model = converted(Bottleneck(), Bottleneck(), Bottleneck(), method=MimicNorm("cifar_code"))
+    scalars = [module.scalar.item() for module in model.modules() if isinstance(module, BranchScalar)]
+    assert scalars == pytest.approx([1.728, 0.864, 0.576], abs=1e-12)
+
+
 def test_blocks_are_numbered_in_execution_order_not_in_registration_order() -> None:
     class Backwards(nn.Module):
         def __init__(self) -> None:

@@ -1,4 +1,4 @@
-"""Projection around the optimizer: methods.md 1.7, properties 1 and 5, and the life of the handle."""
+"""Projection around the optimizer: the SGD equivalence (arXiv 2010.09278, supplement C), and the life of the handle."""
 
 import copy
 from collections.abc import Callable

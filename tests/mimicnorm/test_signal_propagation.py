@@ -1,4 +1,4 @@
-"""Variance and correlation through 30 ReLU layers: methods.md 1.2(c) and 1.7, property 11."""
+"""Variance and correlation through 30 ReLU layers, with and without weight mean (arXiv 2010.09278, Theorem 3)."""
 
 import math
 from collections.abc import Iterator
@@ -15,7 +15,8 @@ WIDTH, SAMPLES, DEPTH, SEEDS = 576, 512, 30, 6
 LAYERS = (1, 10, 30)
 THEOREM_3 = theorem_3_variance(WIDTH)
 
-# Variance numerator to E[h^2] behind layers 1, 10 and 30, from methods.md 1.2(c).
+# Variance numerator to E[h^2] behind layers 1, 10 and 30. Simulated independently of this package,
+# for the numerators of the source's code and of Theorem 3 (arXiv 2010.09278).
 TABLE = {
     2.0: (0.677, 0.022, 0.0),
     2.8: (0.948, 0.628, 0.235),
@@ -102,7 +103,7 @@ def test_correlation_behind_30_layers(measured: dict[str, Tensor], name: str, st
 
 
 def test_correlation_with_weight_mean_is_the_finite_width_noise(measured: dict[str, Tensor]) -> None:
-    """theory.md 2.3: around 0 with standard deviation s = sqrt(3.16444 / n); |N(0, s)| has mean s sqrt(2 / pi)."""
+    """Mean field: around 0 with standard deviation s = sqrt(3.16444 / n); |N(0, s)| has mean s sqrt(2 / pi)."""
     predicted = math.sqrt(3.16444 / WIDTH) * math.sqrt(2 / math.pi)
     assert measured["with"].mean().item() == pytest.approx(predicted, rel=0.01)
 

@@ -1,4 +1,4 @@
-"""Weight mean as an operation: methods.md 1.7, properties 1 to 5. Oracles loop over rows in Python."""
+"""Weight mean as an operation (arXiv 2010.09278, section on weight mean). Oracles loop over rows in Python."""
 
 import pytest
 import torch
