@@ -93,7 +93,7 @@ def _root(
 @app.command(help="Decide published claims by measurement, and write an illustrated report.")
 def verify(
     claims: Annotated[
-        list[str] | None, typer.Argument(metavar="[CLAIM]...", help="Names of claims; all when none is given.")
+        list[str] | None, typer.Argument(metavar="CLAIM", help="Names of claims; all when none is given.")
     ] = None,
     *,
     profile: Annotated[Profile, typer.Option(help="How many seeds and how wide the networks.")] = Profile.quick,
@@ -241,6 +241,8 @@ def _fresh(stem: str) -> Path:
 
 
 def _console(*, stderr: bool = False) -> Console:
+    """A console; where nobody looks at a terminal, lines are wide enough not to be folded."""
     from rich.console import Console
 
-    return Console(stderr=stderr, highlight=False)
+    console = Console(stderr=stderr, highlight=False)
+    return console if console.is_terminal else Console(stderr=stderr, highlight=False, width=140)

@@ -39,8 +39,13 @@ def measurement_figure(measurement: Measurement) -> Figure | None:
     return Bars(x, other, scale=_scale(held.estimate))(held)
 
 
-def measurement_html(measurement: Measurement) -> str:
-    """A fragment of HTML: the drawing where there is one, and a line with quantity, unit and number of replications."""
+def measurement_html(measurement: Measurement, *, name: str = "") -> str:
+    """A fragment of HTML: the drawing where there is one, and a line with quantity, unit and number of replications.
+
+    Args:
+        measurement: The measurement.
+        name: What tells its drawing from the others of the page; taken from its values when empty.
+    """
     what, probe = escape(quantity(measurement)), escape(measurement.probe)
     line = f"<strong>{what}</strong> · probe <code>{probe}</code> · n = {measurement.n}"
     if not measurement.axes:
@@ -56,7 +61,7 @@ def measurement_html(measurement: Measurement) -> str:
     drawing = (
         ""
         if figure is None
-        else to_svg(figure, name=f"measurement-{_fingerprint(measurement)}", title=measurement.quantity)
+        else to_svg(figure, name=name or f"measurement-{_fingerprint(measurement)}", title=measurement.quantity)
     )
     return f'<div style="max-width: 36em">{drawing}<div>{line}</div></div>'
 

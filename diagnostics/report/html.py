@@ -83,7 +83,8 @@ def diagnosis_html(report: Report) -> str:
     from diagnostics.report.store import versions
 
     drawings = [
-        Drawing(probe, f"probe-{slug(probe)}", _fragments(variants)) for probe, variants in report.measurements.items()
+        Drawing(probe, f"probe-{slug(probe)}", _fragments(slug(probe), variants))
+        for probe, variants in report.measurements.items()
     ]
     return _render("diagnosis.html.j2", report=report, drawings=drawings, versions=versions())
 
@@ -108,7 +109,7 @@ def _section(finding: Finding) -> Section:
     return Section(finding, f"claim-{name}", picture, decision)
 
 
-def _fragments(variants: Mapping[str, Measurement]) -> dict[str, str]:
+def _fragments(probe: str, variants: Mapping[str, Measurement]) -> dict[str, str]:
     """One drawing with the variants side by side where their axes allow it, else one drawing per variant."""
     from diagnostics.measurement import stack
     from diagnostics.plots import measurement_html
@@ -119,8 +120,11 @@ def _fragments(variants: Mapping[str, Measurement]) -> dict[str, str]:
         (m.axes, m.quantity, m.unit, m.n) == (first.axes, first.quantity, first.unit, first.n) for m in measurements
     )
     if len(measurements) > 1 and comparable and len(first.axes) <= 1:
-        return {"": measurement_html(stack(measurements, "network", list(variants)))}
-    return {name: measurement_html(measurement) for name, measurement in variants.items()}
+        return {"": measurement_html(stack(measurements, "network", list(variants)), name=f"drawing-{probe}")}
+    return {
+        variant: measurement_html(measurement, name=f"drawing-{probe}-{index}")
+        for index, (variant, measurement) in enumerate(variants.items())
+    }
 
 
 @cache

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from diagnostics.claims.claim import Claim, Outcome
 from diagnostics.report import words
@@ -106,30 +106,19 @@ def verdict_table(report: VerificationReport) -> Table:
     from rich.text import Text
 
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
-    for heading, settings in _COLUMNS.items():
-        table.add_column(heading, **settings)
+    table.add_column("claim", overflow="fold")
+    for heading in ("measured", "predicted", "theory"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    table.add_column("verdict", no_wrap=True)
+    table.add_column("", no_wrap=True)
     for finding in report.findings:
-        claim, theory = finding.claim, finding.theory
         mark, style = STYLES[finding.verdict.outcome]
-        control = "—" if claim.control is None else words.badge(finding.control)
         table.add_row(
-            Text(claim.name),
+            Text(finding.claim.name),
             Text(words.measured(finding.verdict.estimate)),
-            Text(words.predicted(claim.prediction)),
-            Text("—" if theory is None else words.number(theory.value)),
+            Text(words.predicted(finding.claim.prediction)),
+            Text("—" if finding.theory is None else words.number(finding.theory.value)),
             Text(f"{mark} {words.badge(finding.verdict)}", style=style),
-            Text(control),
             Text("" if finding.as_catalogued else "departs", style="magenta"),
         )
     return table
-
-
-_COLUMNS: dict[str, dict[str, Any]] = {
-    "claim": {"overflow": "fold"},
-    "measured": {"justify": "right"},
-    "claim predicts": {"justify": "right"},
-    "theory": {"justify": "right"},
-    "verdict": {"no_wrap": True},
-    "control": {},
-    "": {},
-}
