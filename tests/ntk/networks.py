@@ -4,6 +4,7 @@ import itertools
 import math
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -47,15 +48,16 @@ def dense(
 
     Weights are N(0, sigma_w**2 / fan_in), the first N(0, 1 / n_in). Weight mean centers the rows of every weight but
     the first; BatchNorm stands before each ReLU, without affine parameters and with eps = 0 but for the smallest value
-    that PyTorch admits.
+    that PyTorch admits. NumPy draws the weights: its stream is the same on every machine.
     """
-    generator = torch.Generator().manual_seed(seed)
+    generator = np.random.default_rng(seed)
+    draw = np.float64 if dtype == torch.float64 else np.float32
     sizes = [n_in, *[width] * depth, 1]
     layers: list[nn.Module] = []
     multipliers = {}
     for index, (fan_in, fan_out) in enumerate(itertools.pairwise(sizes)):
         variance = (1.0 if index == 0 else VARIANCE[norm]) / fan_in
-        weight = torch.randn(fan_out, fan_in, generator=generator, dtype=dtype) * math.sqrt(variance)
+        weight = torch.from_numpy(generator.standard_normal((fan_out, fan_in), draw)) * math.sqrt(variance)
         layer = nn.Linear(fan_in, fan_out, bias=False, device="meta")
         layer.weight = nn.Parameter(ntk.center_rows(weight) if norm == "weight_mean" and index > 0 else weight)
         multipliers[f"{len(layers)}.weight"] = variance
