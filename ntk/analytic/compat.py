@@ -90,8 +90,9 @@ def _import_neural_tangents() -> ModuleType:
         ImportError: If neural-tangents is not installed; states the install command.
         ModuleNotFoundError: If something that neural-tangents needs is not installed.
     """
-    if _PACKAGE in sys.modules:
-        return sys.modules[_PACKAGE]
+    loaded = sys.modules.get(_PACKAGE)
+    if loaded is not None:
+        return loaded
     placeholder = ModuleType(_TENSORFLOW_PART, "Stands in for the TensorFlow part while neural-tangents is imported.")
     try:
         with _former_jax(), _module(_TENSORFLOW_PART, placeholder):

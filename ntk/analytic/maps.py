@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -55,9 +56,7 @@ class CorrelationMap:
 
     def __call__(self, rho: ArrayLike) -> Array:
         """Return T(ρ), of the shape of ``rho``."""
-        q = np.asarray(self.variance)
-        moment = layer_moment(self._dual, self.norm, np.asarray(rho, dtype=np.float64), q, q)
-        return (self.sigma_w2 * moment + self.sigma_b2) / self._variance_out
+        return self._covariance(np.asarray(rho, dtype=np.float64)) / self._variance_out
 
     def derivative(self, rho: ArrayLike) -> Array:
         """Return dT/dρ, of the shape of ``rho``.
@@ -66,9 +65,15 @@ class CorrelationMap:
         """
         return self.sigma_w2 * self._dual.derivative(rho, self.variance, self.variance) / self.variance_growth
 
-    @property
-    def _variance_out(self) -> float:
-        return self.variance * self.variance_growth
+    def _covariance(self, rho: Array) -> Array:
+        """Return the covariance after one layer, of the shape of ``rho``."""
+        q = np.asarray(self.variance)
+        return self.sigma_w2 * layer_moment(self._dual, self.norm, rho, q, q) + self.sigma_b2
+
+    @cached_property
+    def _variance_out(self) -> Array:
+        """The variance after one layer, by the same roundings as the covariance: T(1) is exactly one."""
+        return self._covariance(_ONE)
 
     @property
     def chi_1(self) -> float:

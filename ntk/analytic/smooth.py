@@ -27,21 +27,40 @@ def _rule(scale: int) -> tuple[Array, Array]:
     return nodes, weights / weights.sum()
 
 
+def _scale(q1: Array, q2: Array) -> int:
+    """Return the variance, rounded up, for which the step must be fine enough."""
+    return max(1, int(np.ceil(max(q1.max(), q2.max()))))
+
+
 def _pair_expectation(function: Callable[[Array], Array], rho: Array, q1: Array, q2: Array) -> Array:
-    """Return E[f(u)f(v)] for each triple of the broadcast arguments."""
+    """Return E[f(u)f(v)] for each triple of the broadcast arguments: one dimension suffices where ρ is 1 or −1."""
     rho, q1, q2 = np.broadcast_arrays(rho, q1, q2)
-    largest = float(max(np.max(q1, initial=0.0), np.max(q2, initial=0.0)))
-    nodes, weights = _rule(max(1, int(np.ceil(largest))))
+    result = np.empty(rho.shape)
+    for chosen, rule in ((np.abs(rho) == 1, _on_a_line), (np.abs(rho) < 1, _in_the_plane)):
+        if np.any(chosen):
+            result[chosen] = rule(function, rho[chosen], q1[chosen], q2[chosen])
+    return result
+
+
+def _on_a_line(function: Callable[[Array], Array], rho: Array, q1: Array, q2: Array) -> Array:
+    """Return E[f(√q1 x)f(ρ√q2 x)] for ρ = ±1 and one-dimensional arguments [k]."""
+    nodes, weights = _rule(_scale(q1, q2))
+    integrand = function(np.sqrt(q1)[:, None] * nodes) * function((rho * np.sqrt(q2))[:, None] * nodes)
+    return integrand @ weights
+
+
+def _in_the_plane(function: Callable[[Array], Array], rho: Array, q1: Array, q2: Array) -> Array:
+    """Return E[f(u)f(v)] for one-dimensional arguments [k], in chunks."""
+    nodes, weights = _rule(_scale(q1, q2))
     result = np.empty(rho.size)
     step = max(1, _CHUNK // nodes.size**2)
-    flat = [np.ravel(item) for item in (rho, q1, q2)]
     for start in range(0, rho.size, step):
-        r, s1, s2 = (item[start : start + step, None] for item in flat)
+        r, s1, s2 = (item[start : start + step, None] for item in (rho, q1, q2))
         first = function(np.sqrt(s1) * nodes)  # [chunk, nodes]
         mixed = r[..., None] * nodes[:, None] + np.sqrt((1 - r) * (1 + r))[..., None] * nodes
         second = function(np.sqrt(s2)[..., None] * mixed) @ weights  # [chunk, nodes]
         result[start : start + step] = (first * second) @ weights
-    return result.reshape(rho.shape)
+    return result
 
 
 def tanh_value(rho: Array, q1: Array, q2: Array) -> Array:

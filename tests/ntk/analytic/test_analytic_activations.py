@@ -1,0 +1,191 @@
+"""Dual activations: theory.md §1.3, §1.4 and §6.1, against two-dimensional quadrature and Monte Carlo."""
+
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+from scipy.integrate import quad
+from scipy.special import erf
+
+from ntk.analytic import dual_activation
+from tests.ntk.analytic.cases import EPS, Array, printed, standard_scores
+
+NAMES = ("relu", "abs", "erf", "gelu", "tanh", "linear")
+SLOPES: dict[str, tuple[Callable[[Array], Array], Callable[[Array], Array]]] = {
+    "relu": (lambda z: np.maximum(z, 0), lambda z: np.heaviside(z, 0.5)),
+    "abs": (np.abs, np.sign),
+    "erf": (erf, lambda z: 2 / np.sqrt(np.pi) * np.exp(-(z**2))),
+    "gelu": (
+        lambda z: z * (1 + erf(z / np.sqrt(2))) / 2,
+        lambda z: (1 + erf(z / np.sqrt(2))) / 2 + z * np.exp(-(z**2) / 2) / np.sqrt(2 * np.pi),
+    ),
+    "tanh": (np.tanh, lambda z: 1 / np.cosh(z) ** 2),
+    "linear": (lambda z: z, np.ones_like),
+}
+CONSTANTS = {  # mean, second moment, variance, E[φ'²], plain χ1, weight-mean χ1, weight-mean slope at 0
+    "relu": "0.3989422804 0.5000000000 0.3408450569 0.5000000000 1.0000000000 1.4669422069 0.7334711035",
+    "abs": "0.7978845608 1.0000000000 0.3633802276 1.0000000000 1.0000000000 2.7519383939 0.0000000000",
+    "erf": "0.0000000000 0.4645590544 0.4645590544 0.5694100347 1.2257000038 1.2257000038 0.9135828428",
+    "tanh": "0.0000000000 0.3942944904 0.3942944904 0.4644029024 1.1778072323 1.1778072323 0.9304699236",
+    "gelu": "0.2820947918 0.4252214826 0.3456440110 0.4558508656 1.0720315984 1.3188449709 0.7232875213",
+}
+RELU = """
+-1   0               0              0              0              -0.466942206924 0
+-0.5 0.0544988905221 0.166666666667 0.108997781044 0.333333333333 -0.307048761449 0.488980735641
+0    0.159154943092  0.25           0.318309886184 0.5            0               0.733471103462
+0.25 0.226654938922  0.290215311628 0.453309877845 0.580430623255 0.198037185702  0.851458179444
+0.5  0.304498890522  0.333333333333 0.608997781044 0.666666666667 0.426422342013  0.977961471283
+0.75 0.394001053776  0.384973271919 0.788002107552 0.769946543837 0.689011343789  1.12946708223
+0.9  0.454769199422  0.428216853436 0.909538398845 0.856433706871 0.867298059159  1.25633875204
+1    0.5             0.5            1              1              1               1.46694220692
+"""
+
+
+def gaussian_pair(function: Callable[[Array], Array], rho: float, q1: float, q2: float) -> float:
+    """Nested adaptive quadrature of E[f(u)f(v)], broken where a kinked activation has its kink."""
+    sine = np.sqrt(1 - rho**2)
+    density = lambda z: np.exp(-(z**2) / 2) / np.sqrt(2 * np.pi)
+
+    def inner(x: float) -> float:
+        kink = float(np.clip(-rho * x / sine, -12, 12))
+        integrand = lambda y: function(np.sqrt(q2) * (rho * x + sine * y)) * density(y)
+        return sum(quad(integrand, a, b, epsabs=1e-13, epsrel=1e-12)[0] for a, b in ((-12, kink), (kink, 12)))
+
+    outer = lambda x: function(np.sqrt(q1) * x) * density(x) * inner(x)
+    return sum(quad(outer, a, b, epsabs=1e-11, epsrel=1e-10)[0] for a, b in ((-12, 0), (0, 12)))
+
+
+@pytest.mark.parametrize("name", CONSTANTS)
+def test_constants_of_the_table(name: str) -> None:
+    dual = dual_activation(name)
+    slope, moment, variance = dual.derivative_second_moment, dual.second_moment, dual.variance
+    values = (dual.mean(), moment, variance, slope, slope / moment, slope / variance, dual.derivative(0.0) / variance)
+    for value, text in zip(values, CONSTANTS[name].split(), strict=True):
+        printed(float(value), text)
+
+
+@pytest.mark.parametrize("row", RELU.strip().splitlines())
+def test_relu_table(row: str) -> None:
+    rho, value, slope, plain, plain_slope, centred, centred_slope = row.split()
+    dual = dual_activation("relu")
+    weight = 1 / dual.variance
+    printed(float(dual.value(float(rho))), value)
+    printed(float(dual.derivative(float(rho))), slope)
+    printed(2 * float(dual.value(float(rho))), plain)
+    printed(2 * float(dual.derivative(float(rho))), plain_slope)
+    printed(weight * float(dual.covariance(float(rho))), centred)
+    printed(weight * float(dual.derivative(float(rho))), centred_slope)
+
+
+def test_scalars() -> None:
+    dual = dual_activation("relu")
+    printed(float(dual.value(0.0)), "0.159154943091895")
+    printed(dual.variance, "0.340845056908105")
+    printed(np.sqrt(0.5 / dual.variance), "1.21117389623632")
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize(("rho", "q1", "q2"), [(0.6, 1.0, 1.0), (-0.35, 0.7, 1.8)])
+def test_against_quadrature(name: str, rho: float, q1: float, q2: float) -> None:
+    # The outer rule is asked for 1e-10 relative and 1e-11 absolute: ten times their sum is allowed.
+    function, slope = SLOPES[name]
+    dual = dual_activation(name)
+    assert dual.value(rho, q1, q2) == pytest.approx(gaussian_pair(function, rho, q1, q2), rel=1e-9, abs=1e-10)
+    assert dual.derivative(rho, q1, q2) == pytest.approx(gaussian_pair(slope, rho, q1, q2), rel=1e-9, abs=1e-10)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_against_monte_carlo(name: str) -> None:
+    rng, n, rho, q1, q2 = np.random.default_rng(7), 200_000, 0.4, 1.3, 0.6
+    x, y = rng.standard_normal((2, n))
+    u, v = np.sqrt(q1) * x, np.sqrt(q2) * (rho * x + np.sqrt(1 - rho**2) * y)
+    function, slope = SLOPES[name]
+    dual = dual_activation(name)
+    samples = np.stack([function(u) * function(v), function(u), slope(u) * slope(v)], axis=1)
+    expected = np.array([dual.value(rho, q1, q2), dual.mean(q1), dual.derivative(rho, q1, q2)])
+    random = samples.std(axis=0) > 0  # the slope of the linear activation is not random
+    assert np.abs(standard_scores(samples[:, random], expected[random])).max() < 4
+    assert np.all(np.abs(samples.mean(axis=0)[~random] - expected[~random]) < n * EPS)
+
+
+def test_monte_carlo_refuses_the_wrong_variance() -> None:
+    x, y = np.random.default_rng(7).standard_normal((2, 200_000))
+    samples = np.maximum(x, 0) * np.maximum(0.4 * x + np.sqrt(1 - 0.16) * y, 0)
+    assert abs(standard_scores(samples, dual_activation("relu").value(0.4, 1.0, 1.1))) > 4
+
+
+def test_printed_refuses_a_wrong_digit() -> None:
+    with pytest.raises(AssertionError, match="not 0\\.31831 to its printed digits"):
+        printed(1 / np.pi + 1e-5, "0.31831")
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_derivative_is_that_of_the_value(name: str) -> None:
+    # Price's theorem; central differences of step h err by h²/6 times a third derivative of order one.
+    dual, h = dual_activation(name), 1e-4
+    rho, scale = np.array([-0.6, 0.0, 0.3, 0.8]), np.sqrt(0.7 * 1.9)
+    step = h / scale
+    slope = (dual.value(rho + step, 0.7, 1.9) - dual.value(rho - step, 0.7, 1.9)) / (2 * h)
+    np.testing.assert_allclose(slope, dual.derivative(rho, 0.7, 1.9), rtol=0, atol=20 * h**2)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_covariance_is_value_less_means(name: str) -> None:
+    dual, rho = dual_activation(name), np.linspace(-1, 1, 41)
+    difference = dual.value(rho, 0.7, 1.9) - dual.mean(0.7) * dual.mean(1.9)
+    np.testing.assert_allclose(dual.covariance(rho, 0.7, 1.9), difference, rtol=0, atol=16 * EPS)
+
+
+@pytest.mark.parametrize("name", ["relu", "abs", "gelu"])
+def test_covariance_keeps_its_relative_precision(name: str) -> None:
+    # Around zero it is a_1² ρ (1 + O(ρ)), or O(ρ²) for the even activation; the difference of moments would give noise.
+    dual, rho = dual_activation(name), 1e-9
+    leading = rho**2 / np.pi if name == "abs" else rho * float(dual.derivative(0.0))
+    assert dual.covariance(rho) == pytest.approx(leading, rel=1e-8, abs=0)
+    assert dual.value(rho) - dual.mean() ** 2 != pytest.approx(leading, rel=1e-8, abs=0)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_diagonal_is_exact(name: str) -> None:
+    dual = dual_activation(name)
+    if name in {"relu", "abs", "linear"}:
+        moment = 0.5 if name == "relu" else 1.0
+        assert dual.value(1.0, 3.0, 3.0) == pytest.approx(3 * moment, rel=2 * EPS)
+        assert dual.derivative(1.0, 3.0, 3.0) == moment
+    assert dual.value([[1.0]], 2.0, [2.0, 3.0]).shape == (1, 2)
+
+
+@pytest.mark.parametrize(("q", "rho"), [(3.0, 1.0), (20.0, 0.5)])
+def test_tanh_at_large_variance(q: float, rho: float) -> None:
+    function, slope = SLOPES["tanh"]
+    dual = dual_activation("tanh")
+    if rho == 1.0:
+        density = lambda x: np.exp(-(x**2) / 2) / np.sqrt(2 * np.pi)
+        expected = quad(lambda x: slope(np.sqrt(q) * x) ** 2 * density(x), -12, 12, epsabs=1e-13, limit=200)[0]
+        assert dual.derivative(rho, q, q) == pytest.approx(expected, abs=1e-12)
+    else:
+        assert dual.value(rho, q, q) == pytest.approx(gaussian_pair(function, rho, q, q), abs=1e-10)
+
+
+def test_identity_is_linear() -> None:
+    rho = np.linspace(-1, 1, 5)
+    np.testing.assert_array_equal(dual_activation("identity").value(rho), dual_activation("linear").value(rho))
+
+
+def test_unknown_activation() -> None:
+    with pytest.raises(
+        ValueError, match=r"activation: must be one of 'relu'.*received 'rellu'. Nearest: 'relu'.*Take one"
+    ):
+        dual_activation("rellu")
+
+
+@pytest.mark.parametrize("rho", [1.5, np.nan])
+def test_impossible_correlation(rho: float) -> None:
+    with pytest.raises(ValueError, match=r"rho: must be a correlation in \[-1, 1\]; received (1\.5|nan)\. Divide"):
+        dual_activation("relu").value([0.5, rho])
+
+
+@pytest.mark.parametrize("q", [-1.0, np.inf])
+def test_impossible_variance(q: float) -> None:
+    with pytest.raises(ValueError, match=r"q2: must be a finite, non-negative variance; received (-1\.0|inf)\. Pass"):
+        dual_activation("relu").value(0.5, 1.0, q)
