@@ -149,36 +149,6 @@ class Bars:
         return figure
 
 
-def curve(
-    x_axis: str,
-    series_axis: str | None = None,
-    select: Mapping[str, Any] | None = None,
-    *,
-    xlabel: str = "",
-    ylabel: str = "",
-    xscale: str = "linear",
-    yscale: str = "linear",
-    reference: float | None = None,
-    reference_label: str = "",
-) -> Curve:
-    """A maker of curves; see :class:`Curve` for the arguments."""
-    return Curve(x_axis, series_axis, select or {}, xlabel, ylabel, xscale, yscale, reference, reference_label)
-
-
-def bars(
-    axis: str,
-    series_axis: str | None = None,
-    select: Mapping[str, Any] | None = None,
-    *,
-    label: str = "",
-    scale: str = "linear",
-    reference: float | None = None,
-    reference_label: str = "",
-) -> Bars:
-    """A maker of bars; see :class:`Bars` for the arguments."""
-    return Bars(axis, series_axis, select or {}, label, scale, reference, reference_label)
-
-
 def spectrum_plot(
     axis: str, series_axis: str | None = None, select: Mapping[str, Any] | None = None, *, ylabel: str = "eigenvalue"
 ) -> Curve:

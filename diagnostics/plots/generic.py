@@ -35,8 +35,8 @@ def measurement_figure(measurement: Measurement) -> Figure | None:
     if other is not None and len(held.axes[other]) > MOST_SERIES:
         return _map(held, x, other)
     if is_numeric(held.axes[x]) and len(held.axes[x]) > 1:
-        return Curve(x, other, yscale=_scale(held.estimate))(held)
-    return Bars(x, other, scale=_scale(held.estimate))(held)
+        return Curve(x, other, yscale=_scale(held))(held)
+    return Bars(x, other, scale=_scale(held))(held)
 
 
 def measurement_html(measurement: Measurement, *, name: str = "") -> str:
@@ -80,9 +80,13 @@ def _held(measurement: Measurement, x: str, other: str | None) -> dict[str, obje
     return {name: values[0] for name, values in measurement.axes.items() if name not in (x, other)}
 
 
-def _scale(estimate: np.ndarray) -> str:
-    finite = estimate[np.isfinite(estimate)]
-    return "log" if finite.size and finite.min() > 0 and finite.max() / finite.min() > 100 else "linear"
+def _scale(measurement: Measurement) -> str:
+    """Logarithmic where values of one sign, told from zero by their intervals, span a factor of a hundred."""
+    error = measurement.standard_error
+    lower = measurement.estimate if error is None else measurement.estimate - STANDARD_ERRORS * error
+    finite = measurement.estimate[np.isfinite(lower)]
+    positive = finite.size and np.nanmin(lower[np.isfinite(lower)]) > 0
+    return "log" if positive and finite.max() / finite.min() > 100 else "linear"
 
 
 def _map(measurement: Measurement, x: str, y: str) -> Figure:

@@ -12,7 +12,7 @@ from torch import nn
 
 from diagnostics.claims.claim import Claim, Control, Outcome, Prediction, Size, Theory
 from diagnostics.measurement import Measurement
-from diagnostics.plots import curve
+from diagnostics.plots import Curve
 from diagnostics.subject import Subject
 
 DEPTHS = (1, 2, 4, 8)
@@ -81,7 +81,7 @@ def claim(name: str = "halves", **changes: Any) -> Claim:
         "expected": Outcome.SUPPORTED,
         "explanation": "The made-up networks halve by construction. The noise is far below the resolution.",
         "control": Control("a network that starts at 0.6", {"subjects": Subjects(plain=0.6)}, Outcome.REFUTED),
-        "picture": curve("depth", "method", xlabel="depth", ylabel="correlation", xscale="log"),
+        "picture": Curve("depth", "method", xlabel="depth", ylabel="correlation", xscale="log"),
         "sizes": {"quick": Size(4, 8), "full": Size(8, 16)},
         "minimum_n": 2,
     }

@@ -14,8 +14,8 @@ import pytest
 from diagnostics.claims.claim import Prediction, Theory
 from diagnostics.measurement import Measurement
 from diagnostics.plots import (
-    bars,
-    curve,
+    Bars,
+    Curve,
     interval_figure,
     measurement_figure,
     measurement_html,
@@ -48,7 +48,7 @@ def texts(figure) -> list[str]:
 
 
 def test_curve_draws_points_with_four_standard_errors():
-    figure = curve("depth", "method", xlabel="layers")(correlation(), SILENT)
+    figure = Curve("depth", "method", xlabel="layers")(correlation(), SILENT)
     container = figure.axes[0].containers[0]
     segments = container.lines[2][0].get_segments()
     assert len(segments) == len(DEPTHS)
@@ -59,7 +59,7 @@ def test_curve_draws_points_with_four_standard_errors():
 
 def test_theory_takes_the_colour_of_the_series_it_names_and_ink_otherwise():
     curves = {"plain": (DEPTHS, 1 - 0.5**DEPTHS), "mean field": (DEPTHS, 0.6**DEPTHS)}
-    figure = curve("depth", "method")(correlation(), Theory(0.1, "theory", curves))
+    figure = Curve("depth", "method")(correlation(), Theory(0.1, "theory", curves))
     colours = {
         tuple(line.get_ydata()): line.get_color() for line in figure.axes[0].lines if line.get_linestyle() != "None"
     }
@@ -83,14 +83,14 @@ def test_numeric_series_are_matched_by_their_number():
 
 def test_values_that_are_not_finite_are_marked_rather_than_lost():
     loss = Measurement("lr", "loss", "nat", np.array([2.0, 1.0, np.inf, np.nan]), {"lr": [0.01, 0.1, 1.0, 10.0]})
-    figure = curve("lr", xscale="log")(loss, SILENT)
+    figure = Curve("lr", xscale="log")(loss, SILENT)
     crosses = [line for line in figure.axes[0].lines if line.get_marker() == "x"]
     assert [list(line.get_xdata()) for line in crosses] == [[1.0, 10.0]]
     assert "not finite" in texts(figure)
 
 
 def test_reference_line_is_drawn_and_named():
-    figure = curve("depth", "method", reference=1.0, reference_label="no change")(correlation(), SILENT)
+    figure = Curve("depth", "method", reference=1.0, reference_label="no change")(correlation(), SILENT)
     assert "no change" in texts(figure)
 
 
@@ -98,26 +98,26 @@ def test_axes_that_are_not_accounted_for_are_named():
     with pytest.raises(
         ValueError, match=r"must name each axis of the measurement once, \['method', 'depth'\]; got \['depth'\]"
     ):
-        curve("depth")(correlation(), SILENT)
+        Curve("depth")(correlation(), SILENT)
 
 
 def test_selected_coordinate_fixes_an_axis():
-    figure = curve("depth", None, {"method": "plain"})(correlation(), SILENT)
+    figure = Curve("depth", None, {"method": "plain"})(correlation(), SILENT)
     np.testing.assert_allclose(figure.axes[0].containers[0].lines[0].get_ydata(), 1 - 0.5**DEPTHS)
 
 
 def test_curve_along_names_is_refused_with_the_way_out():
     with pytest.raises(ValueError, match=r"must have numbers for coordinates, got 'network'.*use bars"):
-        curve("network", "method")(memory(), SILENT)
+        Curve("network", "method")(memory(), SILENT)
 
 
 def test_unknown_scale_is_refused():
     with pytest.raises(ValueError, match="scale must be 'linear' or 'log', got 'cubic'"):
-        curve("depth", "method", yscale="cubic")(correlation(), SILENT)
+        Curve("depth", "method", yscale="cubic")(correlation(), SILENT)
 
 
 def test_bars_have_one_bar_per_value_and_say_it():
-    figure = bars("network", "method", reference=500.0, reference_label="budget")(memory(), SILENT)
+    figure = Bars("network", "method", reference=500.0, reference_label="budget")(memory(), SILENT)
     assert sorted(patch.get_width() for patch in figure.axes[0].patches) == [300, 410, 620, 1200]
     assert {"resnet18", "vgg11", "1,200", "410", "activation memory (MiB)", "batch_norm", "budget"} <= set(
         texts(figure)
@@ -143,14 +143,14 @@ def test_interval_figure_shows_every_number_it_is_given(prediction, measured):
 
 
 def test_equal_figures_give_equal_files():
-    make = curve("depth", "method")
+    make = Curve("depth", "method")
     first, second = (make(correlation(), SILENT) for _ in range(2))
     assert to_svg(first, name="a") == to_svg(second, name="a")
     assert to_png(first) == to_png(second)
 
 
 def test_svg_is_self_contained_and_takes_the_ink_of_its_page():
-    svg = to_svg(curve("depth", "method")(correlation(), SILENT), name="a/b c", title="5 < 6 & more")
+    svg = to_svg(Curve("depth", "method")(correlation(), SILENT), name="a/b c", title="5 < 6 & more")
     root = ElementTree.fromstring(svg)
     assert root.get("role") == "img"
     assert root.find("{http://www.w3.org/2000/svg}title").text == "5 < 6 & more"
@@ -165,7 +165,7 @@ def test_svg_is_self_contained_and_takes_the_ink_of_its_page():
 
 
 def test_identifiers_of_two_drawings_do_not_meet():
-    figure = curve("depth", "method")(correlation(), SILENT)
+    figure = Curve("depth", "method")(correlation(), SILENT)
     both = [to_svg(figure, name=name) for name in ("one", "two")]
     identifiers = [set(re.findall(r'\bid="([^"]+)"', svg)) for svg in both]
     assert not identifiers[0] & identifiers[1]
@@ -174,14 +174,14 @@ def test_identifiers_of_two_drawings_do_not_meet():
 
 
 def test_png_is_a_png_on_white():
-    assert to_png(bars("network", "method")(memory(), SILENT)).startswith(b"\x89PNG\r\n")
+    assert to_png(Bars("network", "method")(memory(), SILENT)).startswith(b"\x89PNG\r\n")
 
 
 def test_no_global_setting_of_matplotlib_changes():
     import matplotlib
 
     before = dict(matplotlib.rcParams)
-    to_svg(curve("depth", "method")(correlation(), SILENT), name="x")
+    to_svg(Curve("depth", "method")(correlation(), SILENT), name="x")
     assert dict(matplotlib.rcParams) == before
 
 
@@ -198,6 +198,14 @@ def test_no_global_setting_of_matplotlib_changes():
 def test_generic_drawing_follows_the_axes(measurement, kind):
     figure = measurement_figure(measurement)
     assert len(getattr(figure.axes[0], kind)) > 0
+
+
+@pytest.mark.parametrize(("error", "scale"), [(0.001, "log"), (0.01, "linear")])
+def test_generic_scale_is_logarithmic_only_where_no_interval_reaches_zero(error, scale):
+    measurement = Measurement(
+        "p", "q", "1", 0.5**DEPTHS, {"depth": DEPTHS}, 4, np.full(len(DEPTHS), error / 16), (0, 1, 2, 3)
+    )
+    assert measurement_figure(measurement).axes[0].get_yscale() == scale
 
 
 def test_measurement_without_axes_is_said_in_words():
