@@ -24,7 +24,7 @@ from tests.diagnostics import synthetic_claims
 pytestmark = pytest.mark.browser
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
-SIZES = {"desktop": (1280, 900), "phone": (390, 844)}
+SIZES = {"desktop": (1280, 900), "phone": (390, 844), "paper": (680, 960)}
 
 # Runs inside a frame of the wanted width: a headless window has a smallest width that is wider than a phone.
 INSPECTION = """
@@ -40,6 +40,7 @@ window.addEventListener("load", () => {
     scrollWidth: root.scrollWidth,
     figures: boxes.map((box) => [box.left, box.right, box.height]),
     beyond: beyond,
+    tables: [...document.querySelectorAll("table")].map((table) => table.getBoundingClientRect().right),
     loaded: performance.getEntriesByType("resource").map((entry) => entry.name),
   }), "*");
 });
@@ -120,7 +121,7 @@ def page() -> str:
     return verification_html(verify(synthetic_claims.catalogue().values()))
 
 
-@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("size", ["desktop", "phone"])
 def test_page_fits_and_shows_every_figure(page, size, tmp_path):
     result = visit(page, size, tmp_path)
     width = SIZES[size][0]
@@ -134,6 +135,15 @@ def test_page_fits_and_shows_every_figure(page, size, tmp_path):
         assert 0 <= left < right <= width
         assert right - left > 250
         assert height > 50
+
+
+def test_page_fits_on_paper(page, tmp_path):
+    # A4 within margins of 1.5 cm; the rules for paper are made to hold on the screen.
+    assert "@media print" in page
+    result = visit(page.replace("@media print", "@media all"), "paper", tmp_path)
+    assert result.seen["scrollWidth"] <= result.seen["width"]
+    assert result.seen["tables"] != []
+    assert max(result.seen["tables"]) <= result.seen["width"]
 
 
 def test_a_page_that_misbehaves_would_be_caught(page, tmp_path):
