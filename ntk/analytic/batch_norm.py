@@ -19,6 +19,9 @@ STATISTICS = ("differentiated", "mean_differentiated", "constant")
 """What the NTK differentiates: mean and variance of the batch, the mean alone, or neither (running statistics)."""
 
 
+_EPS = float(np.finfo(np.float64).eps)
+
+
 @dataclass(frozen=True, eq=False)
 class BatchGeometry:
     """The covariance of points centred by the mean of a batch, split by the eigenvectors of the batch.
@@ -44,12 +47,13 @@ def centring(n: int, n_statistics: int) -> Array:
     return matrix
 
 
-def batch_geometry(sigma: Array, n_statistics: int) -> BatchGeometry:
+def batch_geometry(sigma: Array, n_statistics: int, relative: float = _EPS) -> BatchGeometry:
     """Centre and split a covariance.
 
     Args:
         sigma: Covariance Σ of the pre-activations [n, n].
         n_statistics: Number B of leading rows that define the statistics.
+        relative: Rounding of the entries of Σ, relative to the largest.
 
     Returns:
         The geometry; its rank d counts eigenvalues above rounding.
@@ -60,7 +64,7 @@ def batch_geometry(sigma: Array, n_statistics: int) -> BatchGeometry:
     batch = centred[:n_statistics, :n_statistics]
     values, vectors = np.linalg.eigh((batch + batch.T) / 2)
     # Rounding of the centring is relative to the entries of Σ itself, not to those of the centred matrix.
-    floor = 4 * n_statistics * np.finfo(np.float64).eps * max(float(values[-1]), float(np.abs(sigma).max()))
+    floor = 4 * n_statistics * relative * max(float(values[-1]), float(np.abs(sigma).max()))
     kept = values > floor
     values, vectors = values[kept], vectors[:, kept]
     beyond = centred[n_statistics:, :n_statistics] @ vectors / values

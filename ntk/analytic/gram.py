@@ -6,6 +6,12 @@ from numpy.typing import ArrayLike
 from ntk.analytic.precision import Array
 
 
+def rounding(values: ArrayLike) -> float:
+    """Return the relative rounding of the dtype of ``values``; that of float64 for whole numbers."""
+    dtype = np.asarray(values).dtype
+    return float(np.finfo(dtype if np.issubdtype(dtype, np.floating) else np.float64).eps)
+
+
 def require_gram(gram: ArrayLike) -> Array:
     """Return the Gram matrix in float64, exactly symmetric.
 
@@ -21,8 +27,7 @@ def require_gram(gram: ArrayLike) -> Array:
     Raises:
         ValueError: If it is not a square, finite, symmetric, positive semi-definite matrix with a positive diagonal.
     """
-    received = np.asarray(gram)
-    values = received.astype(np.float64)
+    values = np.asarray(gram).astype(np.float64)
     if values.ndim != 2 or values.shape[0] != values.shape[1] or values.size == 0:
         raise ValueError(
             f"gram: must be a square matrix [n, n]; received shape {values.shape}. For inputs x [n, d] "
@@ -34,8 +39,7 @@ def require_gram(gram: ArrayLike) -> Array:
             f"gram: must be finite; {count} of its {values.size} entries are not. Look for NaN or "
             "overflow in the inputs."
         )
-    eps = np.finfo(received.dtype).eps if np.issubdtype(received.dtype, np.floating) else np.finfo(np.float64).eps
-    tolerance = 8 * values.shape[0] * float(eps) * float(np.abs(values).max())
+    tolerance = 8 * values.shape[0] * rounding(gram) * float(np.abs(values).max())
     asymmetry = float(np.abs(values - values.T).max())
     if asymmetry > tolerance:
         raise ValueError(

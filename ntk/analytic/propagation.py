@@ -9,7 +9,7 @@ from numpy.typing import ArrayLike
 from ntk.analytic.activations import DualActivation, dual_activation
 from ntk.analytic.batch_norm import STATISTICS, batch_geometry, batch_norm_layer
 from ntk.analytic.fixed_point import require_batch_size
-from ntk.analytic.gram import correlations, require_gram
+from ntk.analytic.gram import correlations, require_gram, rounding
 from ntk.analytic.kernels import AnalyticKernels
 from ntk.analytic.messages import require_choice, require_integer
 from ntk.analytic.norms import layer_moment, require_norm, require_variance, stable_weight_variance
@@ -146,7 +146,7 @@ def propagate(
     _require_meaning(norm, parametrization, n_statistics, projected, statistics, width, bias_trained)
     layer: GaussianLayer | BatchNormLayer
     if norm == "batch_norm":
-        size = _require_batch(start, n_statistics, statistics)
+        size = _require_batch(start, rounding(gram), n_statistics, statistics)
         _require_batch_norm_layer(activation, bias)
         weight = 1.0 if sigma_w2 is None else require_variance("sigma_w2", sigma_w2, positive=True)
         layer = BatchNormLayer(size, statistics, weight)
@@ -260,16 +260,17 @@ def _require_width(width: int | Sequence[int] | None, depth: int) -> tuple[int, 
     return tuple(require_integer("width", item, 1, f"{reason} {next_step}") for item in widths)
 
 
-def _require_batch(gram: Array, n_statistics: int | None, statistics: str) -> int:
+def _require_batch(gram: Array, relative: float, n_statistics: int | None, statistics: str) -> int:
     """Return the number of rows that define the batch statistics.
 
     Raises:
         ValueError: If they are too few, too many, or of too low a rank for the kernel to exist.
     """
     n = gram.shape[0]
-    size = require_batch_size(
-        "gram" if n_statistics is None else "n_statistics", n if n_statistics is None else n_statistics
-    )
+    if n_statistics is None:
+        size = require_batch_size("gram (number of rows)", n)
+    else:
+        size = require_batch_size("n_statistics", n_statistics)
     if size > n:
         raise ValueError(
             f"n_statistics: must be at most the number of rows, {n}; received {size}. The batch comes first in gram, "
@@ -277,7 +278,7 @@ def _require_batch(gram: Array, n_statistics: int | None, statistics: str) -> in
         )
     beyond = size < n and statistics == "differentiated"
     needed = 5 if beyond else 3
-    rank = batch_geometry(gram, size).eigenvalues.size
+    rank = batch_geometry(gram, size, relative).eigenvalues.size
     if rank < needed:
         between = " between test points (B of 6 or more)" if beyond else ""
         raise ValueError(

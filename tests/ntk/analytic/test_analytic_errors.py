@@ -96,7 +96,9 @@ def test_batch_norm_options(options: dict[str, Any], message: str) -> None:
 
 @pytest.mark.parametrize("batch_size", [1, 2, 3])
 def test_batch_of_three_or_less(batch_size: int) -> None:
-    message = r"gram: must be an integer of at least 4; received \d.*diverges for B <= 3 .*1\.788189977.*batch of 4"
+    message = (
+        r"gram \(number of rows\): must be an integer of at least 4; received \d.*for B <= 3 .*1\.788189977.*batch of 4"
+    )
     with pytest.raises(ValueError, match=message):
         propagate(autoregressive(batch_size), 1, "batch_norm")
 
@@ -110,6 +112,11 @@ def test_points_on_a_circle() -> None:
     shifted = circle() + 3.0  # a common offset adds a direction that the batch mean removes
     with pytest.raises(ValueError, match=message):
         propagate(shifted, 1, "batch_norm")
+
+
+def test_points_on_a_circle_in_single_precision() -> None:
+    with pytest.raises(ValueError, match="found 2 over 10 rows"):
+        propagate(circle().astype(np.float32), 1, "batch_norm")
 
 
 def test_test_points_need_rank_five() -> None:
