@@ -89,7 +89,10 @@ def apply_projection(projection: Projection, rows: torch.Tensor, name: str) -> t
     Raises:
         ValueError: The projection changes the shape.
     """
-    projected = torch.stack([projection(row) for row in rows])
+    try:
+        projected = torch.func.vmap(projection)(rows)
+    except RuntimeError:  # it looks at values, or draws numbers, which vmap cannot: row by row then
+        projected = torch.stack([projection(row) for row in rows])
     if projected.shape != rows.shape:
         raise ValueError(
             f"projection of parameter {name!r} must keep the shape {tuple(rows.shape[1:])}; it returned "

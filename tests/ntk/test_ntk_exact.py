@@ -100,6 +100,17 @@ def test_projection_by_name() -> None:
     assert result.projection == "2.weight: center_rows"
 
 
+def test_a_projection_that_looks_at_values_is_applied_row_by_row() -> None:
+    model, x, _ = build("mlp")
+
+    def center_unless_zero(weight: torch.Tensor) -> torch.Tensor:
+        return ntk.center_rows(weight) if float(weight.abs().sum()) > 0 else weight
+
+    result = ntk.empirical_ntk(model, x, projection=center_unless_zero)
+    assert_same(result, ntk.empirical_ntk(model, x, projection=ntk.center_rows).values)
+    assert result.projection == "center_unless_zero"
+
+
 def test_projected_kernel_is_that_of_the_network_that_projects() -> None:
     """J P Jᵀ equals the kernel of a network whose weight passes through P."""
     model, x, _ = build("mlp")
