@@ -64,7 +64,9 @@ verify: $(STAMP)  ## Decide the catalogued claims on embedded data (quick profil
 	if [ -n "$$report" ] && [ -f "$${report}index.html" ] && [ $$status -ne 2 ]; then echo "The report is $(CURDIR)/$${report}index.html"; fi; \
 	exit $$status
 
-# pytest's own warnings are errors; numerical libraries get one thread per worker, or the workers would fight over cores.
+# Numerical libraries get one thread per worker, or the workers would fight over cores. A browser keeps its notes in .cache.
+TESTING := OMP_NUM_THREADS=1 XDG_CONFIG_HOME="$(CACHE)/config" XDG_CACHE_HOME="$(CACHE)"
+
 test: lint  ## Everything that must hold: lint, import contracts, all tests, all notebooks
 	@selection=; found=; \
 	for browser in $(BROWSERS); do if command -v $$browser >/dev/null 2>&1; then found=$$browser; break; fi; done; \
@@ -79,8 +81,8 @@ test: lint  ## Everything that must hold: lint, import contracts, all tests, all
 		echo "**********************************************************************" >&2; \
 		selection='not browser'; \
 	fi; \
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) -m "$$selection" tests
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --nbmake notebooks/
+	$(TESTING) $(BIN)/python -m pytest -n $(WORKERS) -m "$$selection" tests
+	$(TESTING) $(BIN)/python -m pytest -n $(WORKERS) --nbmake notebooks/
 
 lint: style typecheck contracts  ## Style, types and import contracts, without changing a file
 
