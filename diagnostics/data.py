@@ -126,7 +126,9 @@ def _gaussian(parameters: str, *, images: bool) -> tuple[Tensor, Tensor]:
         if n < 1 or d < 1:
             raise ValueError
     except ValueError:
-        message = f"data gaussian:N,D takes two positive whole numbers, as in gaussian:256,64; got gaussian:{parameters}"
+        message = (
+            f"data gaussian:N,D takes two positive whole numbers, as in gaussian:256,64; got gaussian:{parameters}"
+        )
         raise UsageError(message) from None
     shape = (n, 3, 32, 32) if images else (n, d)
     generator = torch.Generator().manual_seed(0)

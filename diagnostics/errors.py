@@ -15,4 +15,6 @@ class UsageError(ValueError):
         known = sorted(known)
         nearest = difflib.get_close_matches(name, known, n=3, cutoff=0.4)
         hint = f"did you mean {' or '.join(map(repr, nearest))}? " if nearest else ""
-        return cls(f"{kind} must be one of {', '.join(known)}; got {name!r}. {hint}List them with: mimicnorm list {kind}s")
+        return cls(
+            f"{kind} must be one of {', '.join(known)}; got {name!r}. {hint}List them with: mimicnorm list {kind}s"
+        )

@@ -46,7 +46,9 @@ class Measurement:
         object.__setattr__(self, "axes", axes)
         object.__setattr__(self, "estimate", _read_only(self.estimate))
         if self.estimate.shape != shape:
-            raise ValueError(f"estimate must have the shape {shape} that its axes {list(axes)} give, got {self.estimate.shape}")
+            raise ValueError(
+                f"estimate must have the shape {shape} that its axes {list(axes)} give, got {self.estimate.shape}"
+            )
         if self.standard_error is not None:
             object.__setattr__(self, "standard_error", _read_only(self.standard_error))
             if self.standard_error.shape != shape:
@@ -86,8 +88,16 @@ class Measurement:
         variables = {"estimate": (tuple(self.axes), self.estimate)}
         if self.standard_error is not None:
             variables["standard_error"] = (tuple(self.axes), self.standard_error)
-        attributes = {"probe": self.probe, "quantity": self.quantity, "unit": self.unit, "n": self.n, "seeds": list(self.seeds)}
-        return xarray.Dataset(variables, coords={name: list(values) for name, values in self.axes.items()}, attrs=attributes)
+        attributes = {
+            "probe": self.probe,
+            "quantity": self.quantity,
+            "unit": self.unit,
+            "n": self.n,
+            "seeds": list(self.seeds),
+        }
+        return xarray.Dataset(
+            variables, coords={name: list(values) for name, values in self.axes.items()}, attrs=attributes
+        )
 
     def _repr_html_(self) -> str:
         from diagnostics.plots import measurement_html

@@ -93,7 +93,9 @@ class VerificationReport:
         return verdict_table_html(self)
 
 
-def replicate(claim: Claim, seeds: Sequence[int], width: int, done: Callable[[], None] = lambda: None) -> list[Measurement]:
+def replicate(
+    claim: Claim, seeds: Sequence[int], width: int, done: Callable[[], None] = lambda: None
+) -> list[Measurement]:
     """Measures the claim's subjects once per seed.
 
     Args:
@@ -111,7 +113,9 @@ def replicate(claim: Claim, seeds: Sequence[int], width: int, done: Callable[[],
     return replications
 
 
-def examine(claim: Claim, *, profile: str = "quick", seeds: Sequence[int] | None = None, progress: Progress | None = None) -> Finding:
+def examine(
+    claim: Claim, *, profile: str = "quick", seeds: Sequence[int] | None = None, progress: Progress | None = None
+) -> Finding:
     """Measures one claim and its negative control, and judges both.
 
     Args:
@@ -173,9 +177,17 @@ def verify(
 
     if profile not in PROFILES:
         raise UsageError.unknown("profile", profile, PROFILES)
-    chosen = list(CLAIMS.values()) if claims is None else [c if isinstance(c, Claim) else resolve("claim", c, CLAIMS) for c in claims]
+    chosen = (
+        list(CLAIMS.values())
+        if claims is None
+        else [c if isinstance(c, Claim) else resolve("claim", c, CLAIMS) for c in claims]
+    )
     fixed = None if seeds is None else tuple(seeds)
-    run: dict[str, Any] = {"claims": [c.name for c in chosen], "profile": profile, "seeds": None if fixed is None else list(fixed)}
+    run: dict[str, Any] = {
+        "claims": [c.name for c in chosen],
+        "profile": profile,
+        "seeds": None if fixed is None else list(fixed),
+    }
     folder: ReportFolder | None = None if out is None else ReportFolder.open(Path(out), run, resume=resume)
     started, clock = now(), time.monotonic()
     findings = []

@@ -190,7 +190,9 @@ class Claim:
         """
         if self.control is None:
             raise ValueError(f"claim must have a negative control, got {self.name!r}, which is one itself")
-        return replace(self, name=f"{self.name}/control", expected=self.control.expected, control=None, **self.control.changes)
+        return replace(
+            self, name=f"{self.name}/control", expected=self.control.expected, control=None, **self.control.changes
+        )
 
     def judge(self, estimate: Estimate) -> Verdict:
         """Decides the claim from the measured statistic."""

@@ -52,7 +52,9 @@ class TransitionOperator:
         for rho in self.correlations:
             u, v = self._push(network, subject.x, rho, into, out_of, generator)
             products = (u * u).mean(), (v * v).mean(), (u * v).mean()
-            rows.append([float(products[2] / (products[0] * products[1]).sqrt()), float((products[0] + products[1]) / 2)])
+            rows.append(
+                [float(products[2] / (products[0] * products[1]).sqrt()), float((products[0] + products[1]) / 2)]
+            )
         return Measurement(
             probe=self.name,
             quantity="correlation and variance behind one layer",

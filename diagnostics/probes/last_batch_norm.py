@@ -163,7 +163,9 @@ class RateStability:
         critical = 2 / ntk.spectrum(ntk.empirical_ntk(network, subject.x)).eigenvalues[0]
         target = torch.randn(len(subject.x), 1, generator=subject.generator(3), dtype=subject.x.dtype)
         target = (target - target.mean()) / target.std(correction=0)
-        rows = [self._descend(copy.deepcopy(network), subject.x, target, multiple * critical) for multiple in self.multiples]
+        rows = [
+            self._descend(copy.deepcopy(network), subject.x, target, multiple * critical) for multiple in self.multiples
+        ]
         return Measurement(
             probe=self.name,
             quantity="loss and weight norm after gradient descent, relative to their start",
@@ -183,7 +185,10 @@ class RateStability:
                 start_loss = loss.item()
             ratio = loss.item() / start_loss
             if not ratio < 10**self.DIVERGED:
-                return [self.DIVERGED, math.log10(_norm(network) / start_norm) if math.isfinite(_norm(network)) else self.DIVERGED]
+                return [
+                    self.DIVERGED,
+                    math.log10(_norm(network) / start_norm) if math.isfinite(_norm(network)) else self.DIVERGED,
+                ]
             if step < self.steps:
                 optimizer.zero_grad()
                 loss.backward()
