@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
@@ -34,7 +34,7 @@ class Record:
 
 
 @contextmanager
-def recording(network: nn.Module, kinds: tuple[type[nn.Module], ...]) -> Iterator[Record]:
+def recording(network: nn.Module, kinds: tuple[type[nn.Module], ...]) -> Generator[Record]:
     """Records inputs and outputs of every module of the given kinds while the context is open.
 
     The network goes on with a clone of each output, so that a later in-place operation cannot change what was recorded,
@@ -43,6 +43,9 @@ def recording(network: nn.Module, kinds: tuple[type[nn.Module], ...]) -> Iterato
     Args:
         network: The network; its hooks are removed at the end.
         kinds: Module classes.
+
+    Yields:
+        The record, which fills during the forward pass.
     """
     record = Record()
     handles: list[RemovableHandle] = []
@@ -70,7 +73,7 @@ def recording(network: nn.Module, kinds: tuple[type[nn.Module], ...]) -> Iterato
 
 
 def forward_record(network: nn.Module, x: Tensor, kinds: tuple[type[nn.Module], ...]) -> Record:
-    """Runs the network once, leaving it as it was, and returns what passed through the modules of the given kinds."""
+    """Runs the network once, leaving it as it was; returns what passed through the modules of the given kinds."""
     with ntk.preserve_state(network), torch.no_grad(), recording(network, kinds) as record:
         network(x)
     return record
@@ -98,6 +101,6 @@ def check_network(network: nn.Module, x: Tensor) -> None:
     batch_norm = next((n for n, m in network.named_modules() if isinstance(m, BATCH_NORM) and m.training), None)
     if batch_norm is not None and len(x) < 2:
         raise UsageError(
-            f"x must hold at least 2 examples because {batch_norm} normalizes over the batch in train mode; got {len(x)}. "
-            "Pass more examples, or put the model in eval mode"
+            f"x must hold at least 2 examples because {batch_norm} normalizes over the batch in train mode; "
+            f"got {len(x)}. Pass more examples, or put the model in eval mode"
         )

@@ -114,21 +114,22 @@ def verify(
         Exit: Always, with the exit code.
     """
     from diagnostics.report.terminal import ProgressLines, plain, verdict_table
-    from diagnostics.verify import verify as decide
+    from diagnostics.verification import verify as decide
 
     if resume and out is None:
         raise UsageError("resume must come with the folder of the interrupted run, got no --out. Add --out DIR")
     folder = out or _fresh("verify")
     console = _console()
     try:
-        with ProgressLines(console, folder) as progress:
+        with ProgressLines(console) as lines:
             report = decide(
                 claims or None,
                 profile=profile.value,
                 seeds=None if seeds is None else range(seeds),
                 out=folder,
                 resume=resume,
-                progress=progress,
+                progress=lines.progress,
+                found=lines.found,
             )
     except KeyboardInterrupt:
         words = ["mimicnorm", "verify", *(claims or []), "--profile", profile.value]
@@ -162,7 +163,7 @@ def diagnose(
         UsageError: If the target, a method, the data or the folder cannot be used.
     """
     import mimicnorm
-    from diagnostics.diagnose import diagnose_builtin
+    from diagnostics.diagnosis import diagnose_builtin
     from diagnostics.names import resolve
     from diagnostics.report.html import diagnosis_html
     from diagnostics.report.store import reserve, write_atomically

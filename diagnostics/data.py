@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from diagnostics.errors import UsageError
+from diagnostics.names import unknown
 
 DATA = {
     "digits": "scikit-learn's 1,797 handwritten digits (embedded), standardized: 64-vectors or 3×32×32 images",
@@ -31,8 +32,8 @@ def digits_vectors(*, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tenso
         dtype: Data type of the inputs.
 
     Returns:
-        Inputs [1797, 64] whose every pixel is centred and scaled by the data set's one standard deviation (pixels that never
-        vary would divide by zero), and labels [1797].
+        Inputs [1797, 64] whose every pixel is centred and scaled by the data set's one standard deviation (some pixels
+        never vary), and labels [1797].
     """
     images, labels = _digits()
     x = images.flatten(1)
@@ -47,8 +48,8 @@ def digits_images(*, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor
         dtype: Data type of the inputs.
 
     Returns:
-        Inputs [1797, 3, 32, 32]: the 8×8 images enlarged bilinearly, standardized over the data set, repeated over three
-        channels; and labels [1797].
+        Inputs [1797, 3, 32, 32]: the 8×8 images enlarged bilinearly, standardized over the data set, repeated over
+        three channels; and labels [1797].
     """
     images, labels = _digits()
     x = torch.nn.functional.interpolate(images[:, None], size=(32, 32), mode="bilinear", align_corners=False)
@@ -81,7 +82,7 @@ def inputs_of_gram(gram: Tensor) -> Tensor:
         gram: Positive definite matrix [m, m].
 
     Returns:
-        Inputs [m, n0] with n0 = m: √n0 times the rows of the Cholesky factor (theory: data sets A and C).
+        Inputs [m, n0] with n0 = m: √n0 times the rows of the Cholesky factor.
     """
     return len(gram) ** 0.5 * torch.linalg.cholesky(gram)
 
@@ -116,7 +117,7 @@ def load(spec: str, *, images: bool = False) -> tuple[Tensor, Tensor]:
         "gaussian": lambda: _gaussian(parameters, images=images),
     }
     if kind not in loaders:
-        raise UsageError.unknown("data", spec, DATA)
+        raise UsageError(unknown("data", spec, DATA))
     return loaders[kind]()
 
 

@@ -1,4 +1,4 @@
-"""What a probe returns: an estimate on labelled axes, with its standard error and the number of replications behind it."""
+"""What a probe returns: an estimate on labelled axes, its standard error, and how many replications are behind it."""
 
 from __future__ import annotations
 
@@ -40,7 +40,11 @@ class Measurement:
     seeds: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
-        """Freeze the arrays and hold them against the axes."""
+        """Freezes the arrays and holds them against the axes.
+
+        Raises:
+            ValueError: If they do not fit, or several replications come without a standard error.
+        """
         axes = {name: tuple(np.asarray(coordinates).tolist()) for name, coordinates in self.axes.items()}
         shape = tuple(len(coordinates) for coordinates in axes.values())
         object.__setattr__(self, "axes", axes)
@@ -82,7 +86,7 @@ class Measurement:
         return float(self.select(**coordinates).estimate)
 
     def to_dataset(self) -> xarray.Dataset:
-        """The measurement as an xarray dataset with variables ``estimate`` and, where there is one, ``standard_error``."""
+        """The measurement as an xarray dataset: ``estimate`` and, where there is one, ``standard_error``."""
         import xarray
 
         variables = {"estimate": (tuple(self.axes), self.estimate)}

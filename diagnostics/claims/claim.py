@@ -47,7 +47,7 @@ class Prediction:
 
     @classmethod
     def point(cls, value: float, resolution: float, source: str) -> Prediction:
-        """The statistic equals ``value``, which a measurement supports when its half-interval is within ``resolution``."""
+        """The statistic equals ``value``; a half-interval wider than ``resolution`` cannot support it."""
         return cls(value, value, source, resolution)
 
     @classmethod
@@ -201,7 +201,8 @@ class Claim:
             return Verdict(outcome, self.explanation, estimate, self.prediction)
         return Verdict(
             outcome,
-            f"Theory leads us to expect {self.expected.name}, but {outcome.value}. Check the measurement before the theory.",
+            f"Theory leads us to expect {self.expected.name}, but {outcome.value}. "
+            "Check the measurement before the theory.",
             estimate,
             self.prediction,
         )
@@ -210,9 +211,9 @@ class Claim:
 def decide(prediction: Prediction, estimate: Estimate, minimum_n: int = 1) -> Outcome:
     """Compares an interval with a prediction.
 
-    An interval that misses the predicted one refutes; an interval inside it supports; for a point prediction, an interval
-    that contains the point supports when it is no wider than the prediction's resolution. Anything else is inconclusive,
-    as are fewer than ``minimum_n`` replications.
+    An interval that misses the predicted one refutes; an interval inside it supports; for a point prediction, an
+    interval that contains the point supports when it is no wider than the prediction's resolution. Anything else is
+    inconclusive, as are fewer than ``minimum_n`` replications.
     """
     low, high = estimate.interval
     if estimate.n < minimum_n or math.isnan(estimate.value):

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import pairwise
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -18,9 +20,9 @@ from diagnostics.subject import Subject
 class TransitionOperator:
     """The measured correlation map of one layer of a real network, T(ρ) (MimicNorm, Figure 3).
 
-    Gaussian pre-activations of chosen correlation are put in place of the input of one activation; what arrives at the next
-    one is read off. One correlation's pairs make one batch, so that BatchNorm sees a batch in which all other pairs are
-    uncorrelated.
+    Gaussian pre-activations of chosen correlation are put in place of the input of one activation; what arrives at the
+    next one is read off. The pairs of one correlation make one batch, so that BatchNorm sees a batch in which all other
+    pairs are uncorrelated.
 
     Attributes:
         correlations: Correlations ρ of the pairs that go in.
@@ -36,7 +38,9 @@ class TransitionOperator:
         return "transition"
 
     def measure(self, subject: Subject) -> Measurement:
-        """Measures one network; axes rho and statistic ("correlation" that comes out, "variance" relative to what went in).
+        """Measures one network; axes rho and statistic.
+
+        The statistics are the "correlation" that comes out and the "variance", relative to what went in.
 
         Raises:
             UsageError: If the network has fewer than two activations or cannot be probed.
@@ -59,7 +63,7 @@ class TransitionOperator:
             probe=self.name,
             quantity="correlation and variance behind one layer",
             unit="1",
-            estimate=rows,
+            estimate=np.array(rows),
             axes={"rho": self.correlations, "statistic": ("correlation", "variance")},
             seeds=(subject.seed,),
         )
@@ -92,11 +96,11 @@ class TransitionOperator:
 
 @dataclass(frozen=True)
 class GradientGrowth:
-    """Growth of the squared gradient norm per layer, over interior layers: χ₁ of the network (theory §3.5, §3.6).
+    """Growth of the squared gradient norm per layer, over interior layers: the network's χ₁.
 
-    The gradient of a random projection of the outputs is taken with respect to the output of every linear or convolutional
-    layer. Layers at both ends are left out: at the input the data's own correlation is still felt, at the output the gradient
-    is not yet centred by BatchNorm.
+    The gradient of a random projection of the outputs is taken with respect to the output of every linear or
+    convolutional layer. Layers at both ends are left out: at the input the data's own correlation is still felt, at the
+    output the gradient is not yet centred by BatchNorm.
 
     Attributes:
         skip: Ratios left out at either end.
@@ -122,7 +126,7 @@ class GradientGrowth:
             cotangent = torch.randn(output.shape, generator=subject.generator(2), dtype=output.dtype)
             gradients = torch.autograd.grad(output, record.outputs, cotangent)
         norms = [gradient.double().square().sum().item() for gradient in gradients]
-        growth = [earlier / later for earlier, later in zip(norms[:-1], norms[1:], strict=True)]
+        growth = [earlier / later for earlier, later in pairwise(norms)]
         if len(growth) <= 2 * self.skip:
             need = 2 * self.skip + 2
             raise UsageError(f"model must have at least {need} linear or convolutional layers, got {len(norms)}")
@@ -131,7 +135,7 @@ class GradientGrowth:
             probe=self.name,
             quantity="growth of the squared gradient norm per layer",
             unit="1",
-            estimate=[growth[layer] for layer in layers],
+            estimate=np.array([growth[layer] for layer in layers]),
             axes={"layer": [layer + 1 for layer in layers]},
             seeds=(subject.seed,),
         )

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -28,7 +29,7 @@ def correlation_matrix(units: Tensor) -> Tensor:
 
 def off_diagonal(matrix: Tensor) -> Tensor:
     """The entries of a square matrix above its diagonal, as a vector."""
-    rows, columns = torch.triu_indices(*matrix.shape, offset=1)
+    rows, columns = torch.triu_indices(matrix.shape[0], matrix.shape[1], offset=1)
     return matrix[rows, columns]
 
 
@@ -67,7 +68,7 @@ class Correlation:
             probe=self.name,
             quantity=f"correlation between examples, {self.where}-activation",
             unit="1",
-            estimate=rows,
+            estimate=np.array(rows),
             axes={"depth": range(len(rows)), "statistic": ("mean", "std", "rms")},
             seeds=(subject.seed,),
         )

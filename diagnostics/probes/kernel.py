@@ -17,9 +17,9 @@ from diagnostics.subject import Subject
 def ntk_multipliers(network: nn.Module, projections: dict) -> dict[str, float]:
     """Per-parameter multipliers that turn the kernel of the stored weights into that of the NTK parametrization.
 
-    A Gaussian weight is s·ω with ω standard normal, so that its kernel contribution is multiplied by s², its second moment;
-    a projection takes one of n degrees of freedom per row, which the second moment is corrected for. Biases, scalars and
-    affine parameters do not exist in that parametrization.
+    A Gaussian weight is s·ω with ω standard normal, so that its kernel contribution is multiplied by s², its second
+    moment; a projection takes one of n degrees of freedom per row, which the second moment is corrected for. Biases,
+    scalars and affine parameters do not exist in that parametrization.
 
     Args:
         network: The network at initialization.
@@ -43,8 +43,8 @@ class KernelEntries:
 
     Attributes:
         kind: "ntk" or "nngp" (of the network's output).
-        parametrization: "ntk" scales every weight's contribution by its variance, "standard" takes the weights as stored.
-        projected: Whether weights that a method trains in a subspace contribute J P Jᵀ (theory §2.2) or J Jᵀ.
+        parametrization: "ntk" scales the contribution of every weight by its variance, "standard" takes it as stored.
+        projected: Whether weights that a method trains in a subspace contribute J P Jᵀ or J Jᵀ.
     """
 
     kind: Literal["ntk", "nngp"] = "ntk"
@@ -95,7 +95,7 @@ class KernelEntries:
             probe=self.name,
             quantity=f"empirical {self.kind.upper()}: entries and conditioning",
             unit="1",
-            estimate=list(statistics.values()),
+            estimate=np.array(list(statistics.values())),
             axes={"statistic": tuple(statistics)},
             seeds=(subject.seed,),
         )
@@ -134,7 +134,7 @@ class KernelSpectrum:
 
 
 def exchangeable_condition_number(diagonal: float, off_diagonal: float, m: int) -> float:
-    """Condition number of the kernel (p − o) I + o 1 1ᵀ, to which averaging over exchangeable examples leads (theory §4).
+    """Condition number of (p − o) I + o 1 1ᵀ, the kernel to which averaging over exchangeable examples leads.
 
     Args:
         diagonal: p.

@@ -1,11 +1,13 @@
-"""What the last BatchNorm does: gradient identities, sharpness, and which learning rates training survives (theory §5)."""
+"""What the last BatchNorm does: gradient identities, sharpness, and which learning rates training survives."""
 
 from __future__ import annotations
 
 import copy
 import math
 from dataclasses import dataclass
+from typing import ClassVar
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -43,10 +45,10 @@ def without_last_batch_norm(network: nn.Module) -> nn.Module:
 
 @dataclass(frozen=True)
 class ScaleInvariance:
-    """Cosine between each weight and the gradient of the loss with respect to it: zero where the loss ignores its scale.
+    """Cosine between each weight and its gradient, which is zero where the loss ignores the weight's scale.
 
-    The loss is cross-entropy on the subject's labels, in train mode, after a few steps of SGD that bring biases and scalars
-    away from their initial values.
+    The loss is cross-entropy on the subject's labels, in train mode, after a few steps of SGD that bring biases and
+    scalars away from their initial values.
 
     Attributes:
         steps: Steps of SGD before the gradient is taken.
@@ -83,7 +85,7 @@ class ScaleInvariance:
             probe=self.name,
             quantity="cosine between a weight and its gradient",
             unit="1",
-            estimate=cosines,
+            estimate=np.array(cosines),
             axes={"layer": range(1, len(cosines) + 1)},
             seeds=(subject.seed,),
         )
@@ -97,8 +99,8 @@ def _cosine(a: Tensor, b: Tensor) -> float:
 class Sharpness:
     """Largest eigenvalue of the NTK with the last BatchNorm over the same without it, at the same weights.
 
-    The batch is one; the kernel goes through the batch statistics. Values above 1 mean that the last BatchNorm makes the
-    loss sharper. The base-10 logarithm is measured, because the ratio's distribution has a heavy tail.
+    The inputs are one batch; the kernel goes through its statistics. Values above 1 mean that the last BatchNorm makes
+    the loss sharper. The base-10 logarithm is measured, because the ratio's distribution has a heavy tail.
     """
 
     @property
@@ -122,7 +124,7 @@ class Sharpness:
             probe=self.name,
             quantity="log10 of the largest NTK eigenvalue with the last BatchNorm over that without",
             unit="log10",
-            estimate=math.log10(largest[0] / largest[1]),
+            estimate=np.array(math.log10(largest[0] / largest[1])),
             seeds=(subject.seed,),
         )
 
@@ -131,7 +133,7 @@ class Sharpness:
 class RateStability:
     """Full-batch gradient descent at multiples of the critical rate 2/λ_max of the network's own NTK.
 
-    The loss is ½Σ(f − y)² on targets of zero mean and unit variance, so that a network that ends in a BatchNorm can fit them.
+    The loss is ½Σ(f − y)² on targets of zero mean and unit variance, which a network that ends in a BatchNorm can fit.
 
     Attributes:
         multiples: Learning rates, in units of 2/λ_max at initialization.
@@ -141,7 +143,7 @@ class RateStability:
     multiples: tuple[float, ...] = (0.5, 1.0, 3.0, 10.0, 30.0)
     steps: int = 60
 
-    DIVERGED = 6.0
+    DIVERGED: ClassVar[float] = 6.0
     """Recorded for a loss that grew a million times or is no longer a number; training stops there."""
 
     @property
@@ -152,8 +154,7 @@ class RateStability:
     def measure(self, subject: Subject) -> Measurement:
         """Measures one network; axes multiple and statistic.
 
-        The statistics are "loss", log10 of the final loss over the initial one, and "norm", log10 of the final norm of all
-        weights over the initial one.
+        The statistics are "loss" and "norm": log10 of the final over the initial loss, and of the norm of all weights.
 
         Raises:
             UsageError: If the network cannot be probed.
@@ -170,7 +171,7 @@ class RateStability:
             probe=self.name,
             quantity="loss and weight norm after gradient descent, relative to their start",
             unit="log10",
-            estimate=rows,
+            estimate=np.array(rows),
             axes={"multiple": self.multiples, "statistic": ("loss", "norm")},
             seeds=(subject.seed,),
         )
@@ -185,10 +186,8 @@ class RateStability:
                 start_loss = loss.item()
             ratio = loss.item() / start_loss
             if not ratio < 10**self.DIVERGED:
-                return [
-                    self.DIVERGED,
-                    math.log10(_norm(network) / start_norm) if math.isfinite(_norm(network)) else self.DIVERGED,
-                ]
+                norm = _norm(network)
+                return [self.DIVERGED, math.log10(norm / start_norm) if math.isfinite(norm) else self.DIVERGED]
             if step < self.steps:
                 optimizer.zero_grad()
                 loss.backward()

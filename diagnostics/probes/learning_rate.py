@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import numpy as np
+
 from diagnostics.anatomy import check_network
 from diagnostics.errors import UsageError
 from diagnostics.measurement import Measurement
@@ -15,8 +17,8 @@ from diagnostics.training import accuracy, train
 class LearningRateRange:
     """Best test accuracy within the first epochs, against the learning rate.
 
-    The subject's examples are split into a training and a test part; each rate starts from the same initialization, under
-    SGD with momentum and weight decay as in the paper's recipe (methods §1.6), without warm-up.
+    The subject's examples are split into a training and a test part; each rate starts from the same initialization,
+    under SGD with momentum and weight decay as in the paper's recipe (methods §1.6), without warm-up.
 
     Attributes:
         rates: Learning rates.
@@ -70,7 +72,7 @@ class LearningRateRange:
             probe=self.name,
             quantity=f"best test accuracy within {self.epochs} epochs",
             unit="%",
-            estimate=best,
+            estimate=np.array(best),
             axes={"rate": self.rates},
             seeds=(subject.seed,),
         )

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -65,6 +66,6 @@ class ActivationMemory:
             probe=self.name,
             quantity="saved for the backward pass per example",
             unit="MiB",
-            estimate=saved_bytes(network, subject.x) / len(subject.x) / 2**20,
+            estimate=np.array(saved_bytes(network, subject.x) / len(subject.x) / 2**20),
             seeds=(subject.seed,),
         )

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -80,7 +81,7 @@ class ProjectionEquivalence:
             probe=self.name,
             quantity=f"largest difference of the projected weights after {self.steps} steps of {self.optimizer}",
             unit="log10",
-            estimate=math.log10(max(difference, torch.finfo(subject.x.dtype).tiny)),
+            estimate=np.array(math.log10(max(difference, torch.finfo(subject.x.dtype).tiny))),
             seeds=(subject.seed,),
         )
 

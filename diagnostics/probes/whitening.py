@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 
 from diagnostics.anatomy import ACTIVATIONS, check_network, forward_record
@@ -43,7 +44,7 @@ class Whitening:
             probe=self.name,
             quantity="departure of the activations' correlation matrix from the identity",
             unit="1",
-            estimate=rows,
+            estimate=np.array(rows),
             axes={
                 "depth": range(len(rows)),
                 "where": ("pre", "post"),

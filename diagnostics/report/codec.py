@@ -19,7 +19,7 @@ from diagnostics.errors import UsageError
 from diagnostics.measurement import Measurement
 from diagnostics.names import resolve
 from diagnostics.statistics import Estimate
-from diagnostics.verify import Finding, VerificationReport
+from diagnostics.verification import Finding, VerificationReport
 
 if TYPE_CHECKING:
     JSON = dict[str, Any]

@@ -15,9 +15,9 @@ if TYPE_CHECKING:
     from jinja2 import Environment
 
     from diagnostics.claims.claim import Verdict
-    from diagnostics.diagnose import Report
+    from diagnostics.diagnosis import Report
     from diagnostics.measurement import Measurement
-    from diagnostics.verify import Finding, VerificationReport
+    from diagnostics.verification import Finding, VerificationReport
 
 
 @dataclass(frozen=True, eq=False)

@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Any
 from diagnostics.errors import UsageError
 
 if TYPE_CHECKING:
-    from diagnostics.claims.claim import Claim, Outcome
-    from diagnostics.verify import Finding, VerificationReport
+    from diagnostics.claims.claim import Claim
+    from diagnostics.verification import Finding, VerificationReport
 
 PACKAGES = ("mimicnorm", "torch", "jax", "neural-tangents", "numpy", "scipy")
 RUN = "run.json"
@@ -84,14 +84,6 @@ def reserve(path: Path) -> Path:
             f"out must be a folder that can be made, got {path}: {problem.strerror}. Choose another --out"
         ) from None
     return path
-
-
-def stored_outcome(folder: Path, claim: Claim) -> Outcome | None:
-    """The outcome of a claim that is finished in the folder; None while it is not."""
-    from diagnostics.claims.claim import Outcome
-
-    path = _place(folder, claim)
-    return Outcome[json.loads(path.read_text("utf-8"))["verdict"]["outcome"]] if path.exists() else None
 
 
 @dataclass(frozen=True)

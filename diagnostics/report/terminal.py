@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING
 
 from diagnostics.claims.claim import Claim, Outcome
 from diagnostics.report import words
-from diagnostics.report.store import stored_outcome
 
 if TYPE_CHECKING:
     from rich.console import Console
     from rich.progress import TaskID
     from rich.table import Table
 
-    from diagnostics.verify import VerificationReport
+    from diagnostics.verification import Finding, VerificationReport
 
 STYLES = {
     Outcome.SUPPORTED: ("✓", "green"),
@@ -30,22 +28,19 @@ STYLES = {
 class ProgressLines:
     """One line per claim: a bar while it is examined, then a mark and the verdict.
 
-    Where the console is not a terminal, each claim is written once, when it is finished. The object is the ``progress``
-    that :func:`diagnostics.verify.verify` calls, and a context manager around that call.
+    Where the console is not a terminal, each claim is written once, when it is finished. :meth:`progress` and
+    :meth:`found` are what :func:`diagnostics.verification.verify` calls; the object is a context manager around that.
     """
 
-    def __init__(self, console: Console, folder: Path) -> None:
+    def __init__(self, console: Console) -> None:
         """Prepares the lines.
 
         Args:
             console: Where to write.
-            folder: The folder of the run, from which verdicts are read.
         """
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
         self._console = console
-        self._folder = folder
-        self._current: Claim | None = None
         self._tasks: dict[str, TaskID] = {}
         self._live = Progress(
             TextColumn("{task.fields[mark]}"),
@@ -65,34 +60,30 @@ class ProgressLines:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        """Settles the last claim and ends the display."""
-        self._settle()
+        """Ends the display."""
         if self._console.is_terminal:
             self._live.stop()
 
-    def __call__(self, claim: Claim, finished: int, total: int) -> None:
+    def progress(self, claim: Claim, finished: int, total: int) -> None:
         """Notes that so many of the replications of a claim are finished."""
-        if self._current is None or self._current.name != claim.name:
-            self._settle()
-            self._current = claim
-        if not self._console.is_terminal:
-            return
-        if claim.name not in self._tasks:
-            self._tasks[claim.name] = self._live.add_task(claim.title, total=total, mark=" ", verdict="")
-        self._live.update(self._tasks[claim.name], completed=finished, total=total)
+        if self._console.is_terminal:
+            self._live.update(self._task(claim, total), completed=finished, total=total)
 
-    def _settle(self) -> None:
-        """Writes the verdict of the claim that was under way, if it has one."""
-        claim, self._current = self._current, None
-        outcome = None if claim is None else stored_outcome(self._folder, claim)
-        if claim is None or outcome is None:
-            return
+    def found(self, finding: Finding) -> None:
+        """Writes the verdict on a claim."""
+        outcome = finding.verdict.outcome
         mark, style = STYLES[outcome]
         if self._console.is_terminal:
             verdict = f"[{style}]{words.BADGES[outcome]}[/]"
-            self._live.update(self._tasks[claim.name], mark=f"[{style}]{mark}[/]", verdict=verdict)
+            self._live.update(self._task(finding.claim, 1), mark=f"[{style}]{mark}[/]", verdict=verdict)
         else:
-            plain(self._console, f"{mark} {claim.name}: {words.BADGES[outcome]}")
+            plain(self._console, f"{mark} {finding.claim.name}: {words.BADGES[outcome]}")
+
+    def _task(self, claim: Claim, total: int) -> TaskID:
+        """The line of a claim, which a resumed run may meet finished."""
+        if claim.name not in self._tasks:
+            self._tasks[claim.name] = self._live.add_task(claim.title, total=total, mark=" ", verdict="")
+        return self._tasks[claim.name]
 
 
 def plain(console: Console, text: str) -> None:

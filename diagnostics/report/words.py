@@ -11,7 +11,7 @@ from diagnostics.claims.claim import Outcome, Prediction
 if TYPE_CHECKING:
     from diagnostics.claims.claim import Verdict
     from diagnostics.statistics import Estimate
-    from diagnostics.verify import VerificationReport
+    from diagnostics.verification import VerificationReport
 
 BADGES = {
     Outcome.SUPPORTED: "supported",

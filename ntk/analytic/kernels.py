@@ -21,8 +21,8 @@ class AnalyticKernels:
         projected: Whether the NTK is that of training in the subspace that the norm allows (theory.md §2.2).
         n_statistics: Number of leading rows whose batch statistics are used; None without batch norm.
         statistics: "differentiated", "mean_differentiated" or "constant"; None without batch norm.
-        nngp_by_depth: K at depths 0 … D [D + 1, n, n]; None unless every depth was kept.
-        ntk_by_depth: Θ at depths 0 … D [D + 1, n, n]; None unless every depth was kept.
+        nngp_by_depth: K at depths 0 … D [D + 1, n, n]; at D alone [1, n, n] unless every depth was kept.
+        ntk_by_depth: Θ at depths 0 … D [D + 1, n, n]; at D alone [1, n, n] unless every depth was kept.
     """
 
     nngp: Array = field(repr=False)
@@ -36,12 +36,10 @@ class AnalyticKernels:
     projected: bool
     n_statistics: int | None
     statistics: str | None
-    nngp_by_depth: Array | None = field(repr=False)
-    ntk_by_depth: Array | None = field(repr=False)
+    nngp_by_depth: Array = field(repr=False)
+    ntk_by_depth: Array = field(repr=False)
 
     def __post_init__(self) -> None:
         """Make every array a read-only float64 copy."""
         for name in ("nngp", "ntk", "nngp_by_depth", "ntk_by_depth"):
-            values = getattr(self, name)
-            if values is not None:
-                object.__setattr__(self, name, read_only(values))
+            object.__setattr__(self, name, read_only(getattr(self, name)))

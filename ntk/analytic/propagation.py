@@ -167,8 +167,8 @@ def propagate(
         projected=projected,
         n_statistics=layer.n_statistics if isinstance(layer, BatchNormLayer) else None,
         statistics=layer.statistics if isinstance(layer, BatchNormLayer) else None,
-        nngp_by_depth=np.stack(nngp) if every_depth else None,
-        ntk_by_depth=np.stack(ntk) if every_depth else None,
+        nngp_by_depth=np.stack(nngp),
+        ntk_by_depth=np.stack(ntk),
     )
 
 

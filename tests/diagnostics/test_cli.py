@@ -14,7 +14,7 @@ import pytest
 
 from diagnostics.cli import Profile, main
 from diagnostics.measurement import Measurement
-from diagnostics.verify import PROFILES
+from diagnostics.verification import PROFILES
 from tests.diagnostics import synthetic_claims
 
 
@@ -132,7 +132,7 @@ def test_terminal_shows_a_bar_then_the_verdict(place):
     from rich.console import Console
 
     from diagnostics.report.terminal import ProgressLines
-    from diagnostics.verify import verify
+    from diagnostics.verification import verify
 
     with open("screen", "w+", encoding="utf-8") as screen:
         console = Console(file=screen, force_terminal=True, width=120, legacy_windows=False)
@@ -168,9 +168,9 @@ def diagnosing(monkeypatch):
         growth = Measurement("gradients", "gradient growth", "1", np.array([1.5, 1.4]), {"layer": [1, 2]})
         return Diagnosis(f"{name} on {data}", {"gradients": {"as given": growth}}, ("Gradients grow.",))
 
-    module = types.ModuleType("diagnostics.diagnose")
+    module = types.ModuleType("diagnostics.diagnosis")
     module.diagnose_builtin = diagnose_builtin
-    monkeypatch.setitem(sys.modules, "diagnostics.diagnose", module)
+    monkeypatch.setitem(sys.modules, "diagnostics.diagnosis", module)
     monkeypatch.setattr("mimicnorm.models.MODELS", {"resnet18": object}, raising=False)
     monkeypatch.setattr("mimicnorm.METHODS", {"mimicnorm": object, "batch_norm": object}, raising=False)
     return calls

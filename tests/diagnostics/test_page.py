@@ -18,7 +18,7 @@ from threading import Thread
 import pytest
 
 from diagnostics.report.html import verification_html
-from diagnostics.verify import verify
+from diagnostics.verification import verify
 from tests.diagnostics import synthetic_claims
 
 pytestmark = pytest.mark.browser

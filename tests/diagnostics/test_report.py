@@ -26,7 +26,7 @@ from diagnostics.report.codec import (
 )
 from diagnostics.report.html import diagnosis_html, verdict_html, verdict_table_html, verification_html
 from diagnostics.statistics import Estimate
-from diagnostics.verify import VerificationReport, verify
+from diagnostics.verification import VerificationReport, verify
 from tests.diagnostics import synthetic_claims
 
 

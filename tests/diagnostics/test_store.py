@@ -11,8 +11,8 @@ import pytest
 from diagnostics.claims.claim import Outcome
 from diagnostics.errors import UsageError
 from diagnostics.report import store
-from diagnostics.report.store import ReportFolder, reserve, stored_outcome, versions, write_atomically
-from diagnostics.verify import examine, verify
+from diagnostics.report.store import ReportFolder, reserve, versions, write_atomically
+from diagnostics.verification import examine, verify
 from tests.diagnostics import synthetic_claims
 
 RUN = {"claims": ["halves"], "profile": "quick", "seeds": None}
@@ -134,9 +134,8 @@ def test_broken_record_of_a_claim_is_named_with_the_remedy(tmp_path):
     claim = synthetic_claims.claim()
     folder = ReportFolder.open(tmp_path, RUN, resume=False)
     assert folder.finished(claim) is None
-    assert stored_outcome(tmp_path, claim) is None
     folder.keep(examine(claim))
-    assert stored_outcome(tmp_path, claim) is Outcome.SUPPORTED
+    assert folder.finished(claim).verdict.outcome is Outcome.SUPPORTED
     path = tmp_path / "claims" / "halves.json"
     path.write_text(path.read_text()[:200])
     with pytest.raises(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from functools import partial
 
 import numpy as np
@@ -103,9 +104,9 @@ NNGP_IDENTITY = Claim(
     theory=_nngp_theory,
     expected=Outcome.REFUTED,
     explanation=(
-        "BatchNorm makes each unit sum to zero over the batch, so the pre-activation kernel is (B/(B − 1))(I − 11ᵀ/B): every pair "
-        "is anticorrelated by −1/(B − 1) and the matrix is singular, at any depth. Behind the ReLU the correlation is "
-        "J = 0.250 at B = 8 (1/π for large batches), which is not 0 either."
+        "BatchNorm makes each unit sum to zero over the batch, so the pre-activation kernel is (B/(B − 1))(I − "
+        "11ᵀ/B): every pair is anticorrelated by −1/(B − 1) and the matrix is singular, at any depth. Behind the "
+        "ReLU the correlation is J = 0.250 at B = 8 (1/π for large batches), which is not 0 either."
     ),
     control=Control(
         "weight mean in place of BatchNorm",
@@ -154,8 +155,6 @@ def _ntk_theory(measurement: Measurement) -> Theory:
 
 def _ntk_ratio(measurement: Measurement) -> Measurement:
     """Off-diagonal over diagonal, for the picture."""
-    from dataclasses import replace
-
     p, o = (measurement.select(statistic=s) for s in ("diagonal", "off_diagonal"))
     relative = None if o.standard_error is None else o.standard_error / p.estimate
     return replace(
@@ -179,9 +178,10 @@ SAME_NTK = Claim(
     theory=_ntk_theory,
     expected=Outcome.REFUTED,
     explanation=(
-        "Entry by entry the two agree as B grows, but the terms through the batch statistics leave −0.818/B off the diagonal, and "
-        "B entries of that size act together on the constant vector. It becomes the slowest mode of BatchNorm, at about 1/5.5 of the others, "
-        "and never the fastest, as it is under weight mean before it joins them."
+        "Entry by entry the two agree as B grows, but the terms through the batch statistics leave −0.818/B off "
+        "the diagonal, and B entries of that size act together on the constant vector. It becomes the slowest mode "
+        "of BatchNorm, at about 1/5.5 of the others, and never the fastest, as it is under weight mean before it "
+        "joins them."
     ),
     control=Control(
         "weight mean in place of BatchNorm", {"subjects": partial(_ntk_subjects, method=WEIGHT_MEAN)}, Outcome.SUPPORTED

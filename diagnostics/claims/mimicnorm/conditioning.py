@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from functools import partial
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -15,6 +17,9 @@ from diagnostics.plots import Curve
 from diagnostics.probes import KernelEntries
 from diagnostics.probes.kernel import exchangeable_condition_number
 from diagnostics.subject import Subject
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 M = 10
 DEPTHS = (1, 2, 5, 10)
@@ -49,9 +54,7 @@ def _singular_theory(measurement: Measurement) -> Theory:
     return Theory(float(slope), "theory §4 and §6.3, data A", curves)
 
 
-def _singular_picture(measurement: Measurement, theory: Theory):  # noqa: ANN202
-    from dataclasses import replace
-
+def _singular_picture(measurement: Measurement, theory: Theory) -> Figure:
     kappa = _condition_numbers(measurement)
     drawn = replace(measurement.select(statistic="diagonal"), estimate=kappa, standard_error=None, n=1, quantity="κ")
     return Curve("depth", xlabel="depth (activations)", ylabel="condition number", xscale="log", yscale="log")(
@@ -75,9 +78,9 @@ PLAIN_NTK_SINGULAR = Claim(
     theory=_singular_theory,
     expected=Outcome.REFUTED,
     explanation=(
-        "The condition number of the plain NTK falls with depth, towards (m + 3)/3 for m examples: one outlier, the constant mode, "
-        "while all other eigenvalues grow together. The kernel that does become singular is the NNGP, whose κ grows like the "
-        "square of depth; the control shows it."
+        "The condition number of the plain NTK falls with depth, towards (m + 3)/3 for m examples: one outlier, "
+        "the constant mode, while all other eigenvalues grow together. The kernel that does become singular is the "
+        "NNGP, whose κ grows like the square of depth; the control shows it."
     ),
     control=Control(
         "the NNGP of the same networks in place of the NTK",
@@ -118,7 +121,7 @@ def _mean_kernel_ratio(measurement: Measurement) -> float:
 PERFECT_CONDITIONING = Claim(
     name="perfect-conditioning",
     title="Deep weight-mean networks have κ = 1",
-    statement="In the chaotic regime the condition number of the NTK converges to 1 with depth, in networks one can train.",
+    statement="In the chaotic regime the condition number of the NTK converges to 1 with depth in real networks.",
     source=PAPER,
     locator="Theorem 1 and the section on the chaotic regime",
     scope="Fully connected weight-mean chains of depth 20 and trainable width, ten examples with correlation 0.5",
@@ -131,9 +134,9 @@ PERFECT_CONDITIONING = Claim(
     theory=_kappa_theory,
     expected=Outcome.REFUTED,
     explanation=(
-        "At infinite width κ − 1 is indeed 8·10⁻⁵ at this depth. But a chaotic network amplifies the fluctuations of each layer, the "
-        "diagonal entries of its kernel spread by about half their size, and κ stays well above 1 unless width exceeds "
-        "depth by a factor of thousands."
+        "At infinite width κ − 1 is indeed 8·10⁻⁵ at this depth. But a chaotic network amplifies the fluctuations "
+        "of each layer, the diagonal entries of its kernel spread by about half their size, and κ stays well above "
+        "1 unless width exceeds depth by a factor of thousands."
     ),
     control=Control(
         "the same kernels averaged over initializations, which stand in for infinite width, before κ is taken",

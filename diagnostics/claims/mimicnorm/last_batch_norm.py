@@ -70,9 +70,9 @@ LOWERS_SHARPNESS = Claim(
     theory=_sharpness_theory,
     expected=Outcome.REFUTED,
     explanation=(
-        "The last BatchNorm divides by the logits' standard deviation σ over the batch. In a deep network the logits of a batch are almost equal, σ is "
-        "far below 1, and the kernel grows by 1/σ²: at initialization the loss becomes sharper, not flatter (shallow "
-        "networks, where σ is near 1, are the control)."
+        "The last BatchNorm divides by the logits' standard deviation σ over the batch. In a deep network the "
+        "logits of a batch are almost equal, σ is far below 1, and the kernel grows by 1/σ²: at initialization the "
+        "loss becomes sharper, not flatter (shallow networks, where σ is near 1, are the control)."
     ),
     control=Control("depth 1 in place of 20", {"statistic": lambda m: m.value(depth=1)}, Outcome.SUPPORTED),
     picture=Curve(
@@ -94,7 +94,7 @@ def _rate_subjects(seed: int, width: int, *, method: mimicnorm.Method) -> Mappin
 LARGE_RATES = Claim(
     name="large-learning-rates",
     title="The last BatchNorm survives large learning rates",
-    statement="With one BatchNorm before the loss, training is stable at learning rates that make the same network diverge without it.",
+    statement="One BatchNorm before the loss keeps training stable at learning rates that are fatal without it.",
     source=PAPER,
     locator="Section on the last BatchNorm, Table 2",
     scope="Weight-mean chains of depth 5, full-batch gradient descent on ten examples",
@@ -107,9 +107,10 @@ LARGE_RATES = Claim(
     theory=lambda m: Theory(float("nan"), "theory §5: norms grow until ηλ_max falls below 2; no value is predicted"),
     expected=Outcome.SUPPORTED,
     explanation=(
-        "The mechanism is not a smaller gradient at the start: the loss ignores the scale of the weights, a gradient step orthogonal to them makes "
-        "their norm grow, and a larger norm means a smaller effective rate, until the step is stable. The measured norms grow "
-        "with the rate exactly where the plain descent would have diverged."
+        "The mechanism is not a smaller gradient at the start: the loss ignores the scale of the weights, a "
+        "gradient step orthogonal to them makes their norm grow, and a larger norm means a smaller effective rate, "
+        "until the step is stable. The measured norms grow with the rate exactly where the plain descent would "
+        "have diverged."
     ),
     control=Control(
         "last BatchNorm dropped",
@@ -159,9 +160,9 @@ SCALE_INVARIANCE = Claim(
     theory=lambda m: Theory(float("nan"), "theory §5, items 3 and 4: no invariance, hence no value"),
     expected=Outcome.REFUTED,
     explanation=(
-        "Scaling a branch changes its weight relative to the shortcut, and scaling a layer leaves its bias behind, so only the rows of the last "
-        "layer and joint scalings are free. The invariance is exact for bias-free chains without ε, where the "
-        "control finds every cosine at rounding level."
+        "Scaling a branch changes its weight relative to the shortcut, and scaling a layer leaves its bias behind, "
+        "so only the rows of the last layer and joint scalings are free. The invariance is exact for bias-free "
+        "chains without ε, where the control finds every cosine at rounding level."
     ),
     control=Control(
         "a bias-free chain with ε = 0 in place of the residual network",

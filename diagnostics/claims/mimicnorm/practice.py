@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import replace
+from collections.abc import Callable, Mapping
 from functools import partial
 
 import numpy as np
 import torch
+from torch import nn
 
 import mimicnorm
 from diagnostics.claims.claim import Claim, Control, Outcome, Prediction, Size, Theory
@@ -27,7 +27,7 @@ def _digits_chain(seed: int, width: int) -> Mapping[str, Subject]:
 PROJECTION = Claim(
     name="projection-equivalence",
     title="Projecting in the forward or after the step is the same",
-    statement="It makes no difference whether the weight mean is subtracted in the forward pass or after the optimizer's step.",
+    statement="It does not matter whether the weight mean is taken off in the forward pass or after each step.",
     source=PAPER,
     locator="Supplement C",
     scope="SGD with Nesterov momentum and L2 weight decay; weights that start with zero mean",
@@ -40,9 +40,10 @@ PROJECTION = Claim(
     theory=lambda m: Theory(-np.inf, "theory §2.2: identical trajectories"),
     expected=Outcome.SUPPORTED,
     explanation=(
-        "P = I − 11ᵀ/n is idempotent and linear, and so are the recursions of SGD, momentum and L2 decay, so P commutes with them and both ways give "
-        "the same weights to rounding. Adam divides entry by entry, which does not commute with P: the control differs in "
-        "the second digit, and there the projection must go into the forward pass."
+        "P = I − 11ᵀ/n is idempotent and linear, and so are the recursions of SGD, momentum and L2 decay, so P "
+        "commutes with them and both ways give the same weights to rounding. Adam divides entry by entry, which "
+        "does not commute with P: the control differs in the second digit, and there the projection must go into "
+        "the forward pass."
     ),
     control=Control("Adam in place of SGD", {"probe": ProjectionEquivalence("adam")}, Outcome.REFUTED),
     picture=Bars("network", label="log10 of the largest weight difference"),
@@ -52,7 +53,7 @@ PROJECTION = Claim(
 
 RATES = (0.01, 0.05, 0.2, 0.5, 1.0)
 LARGE = RATES[2:]
-METHODS = {
+METHODS: dict[str, mimicnorm.Method] = {
     "none": mimicnorm.NoNorm(),
     "weight mean only": mimicnorm.MimicNorm(last_batch_norm=False),
     "MimicNorm": mimicnorm.MimicNorm(),
@@ -98,15 +99,13 @@ LEARNING_RATE_RANGE = Claim(
     theory=lambda m: Theory(float("nan"), "theory §5 explains the mechanism; no accuracy is predicted"),
     expected=Outcome.SUPPORTED,
     explanation=(
-        "Without the last BatchNorm the weights blow up at large rates and the network stays at chance. With it the weights' norm grows until "
-        "the effective rate is small enough, and the same network learns."
+        "Without the last BatchNorm the weights blow up at large rates and the network stays at chance. With it "
+        "the weights' norm grows until the effective rate is small enough, and the same network learns."
     ),
     control=Control(
         "last BatchNorm dropped from MimicNorm",
         {
-            "subjects": partial(
-                _vgg, methods={**ABLATION, "MimicNorm": replace(METHODS["MimicNorm"], last_batch_norm=False)}
-            ),
+            "subjects": partial(_vgg, methods={**ABLATION, "MimicNorm": mimicnorm.MimicNorm(last_batch_norm=False)}),
             "probe": LearningRateRange(rates=LARGE, epochs=4, batch_size=64),
         },
         Outcome.REFUTED,
@@ -120,7 +119,11 @@ LEARNING_RATE_RANGE = Claim(
 def _networks(seed: int, width: int, *, mimicnorm_is: mimicnorm.Method) -> Mapping[str, Subject]:
     x = digits_images()[0][:8]
     methods = {"BatchNorm": mimicnorm.BatchNorm(), "MimicNorm": mimicnorm_is}
-    models = {"VGG11": mimicnorm.models.vgg11, "VGG16": mimicnorm.models.vgg16, "ResNet-18": mimicnorm.models.resnet18}
+    models: dict[str, Callable[..., nn.Module]] = {
+        "VGG11": mimicnorm.models.vgg11,
+        "VGG16": mimicnorm.models.vgg16,
+        "ResNet-18": mimicnorm.models.resnet18,
+    }
     return {
         f"{model}, {name}": Subject(
             build(100, width=width / 64, generator=torch.Generator().manual_seed(seed)), x, None, method, seed
@@ -153,9 +156,10 @@ MEMORY_SAVING = Claim(
     theory=lambda m: Theory(float("nan"), "theory §8 row 21: a question of implementation"),
     expected=Outcome.SUPPORTED,
     explanation=(
-        "Each BatchNorm keeps its input for the backward pass besides what convolution and ReLU keep, and MimicNorm keeps one such tensor per residual branch at most, so "
-        "the activations shrink by more than the paper says. The paper read the driver's total, in which weights, gradients, "
-        "momentum, workspace and the allocator's slack do not shrink."
+        "Each BatchNorm keeps its input for the backward pass besides what convolution and ReLU keep, and "
+        "MimicNorm keeps one such tensor per residual branch at most, so the activations shrink by more than the "
+        "paper says. The paper read the driver's total, in which weights, gradients, momentum, workspace and the "
+        "allocator's slack do not shrink."
     ),
     control=Control(
         "BatchNorm in place of MimicNorm",

@@ -38,7 +38,7 @@ def _map_theory(measurement: Measurement) -> Theory:
 CORRELATION_MAP = Claim(
     name="correlation-map",
     title="Weight mean changes the correlation map",
-    statement="Subtracting the mean of each unit's weights turns the ReLU correlation map T into T̄, whose stable fixed point is 0.",
+    statement="Subtracting the mean of each unit's weights turns the ReLU correlation map T into T̄, which tends to 0.",
     source=PAPER,
     locator="Lemma 1, Theorem 3, Figure 3",
     scope="Layers fed by a ReLU, initialization of Theorem 3, wide layers; pairs of equal norm",
@@ -51,9 +51,9 @@ CORRELATION_MAP = Claim(
     theory=_map_theory,
     expected=Outcome.SUPPORTED,
     explanation=(
-        "W(I − 11ᵀ/n)a = W(a − ā): weight mean subtracts from each example its mean activation, so the layer passes on the "
-        "covariance of the ReLU instead of its second moment. Divided by its value at 1 that is T̄(ρ), and the pairs pushed "
-        "through one real layer fall on that curve at every ρ, not on the plain one."
+        "W(I − 11ᵀ/n)a = W(a − ā): weight mean subtracts from each example its mean activation, so the layer "
+        "passes on the covariance of the ReLU instead of its second moment. Divided by its value at 1 that is "
+        "T̄(ρ), and the pairs pushed through one real layer fall on that curve at every ρ, not on the plain one."
     ),
     control=Control(
         "weight mean switched off",
@@ -98,9 +98,9 @@ CHAOTIC_REGIME = Claim(
     theory=_growth_theory,
     expected=Outcome.SUPPORTED,
     explanation=(
-        "A gradient passes a layer with the factor σ_w²E[φ'²] = σ_w²/2, and keeping the variance under weight mean takes "
-        "σ_w² = 2π/(π − 1) in place of 2. So the price of decorrelation is a gradient that grows by 1.467 per layer, "
-        "and the growth measured in real layers is that number."
+        "A gradient passes a layer with the factor σ_w²E[φ'²] = σ_w²/2, and keeping the variance under weight mean "
+        "takes σ_w² = 2π/(π − 1) in place of 2. So the price of decorrelation is a gradient that grows by 1.467 "
+        "per layer, and the growth measured in real layers is that number."
     ),
     control=Control(
         "weight mean switched off", {"subjects": partial(_one, method=PLAIN, depth=12, m=8)}, Outcome.REFUTED
@@ -145,9 +145,9 @@ WEIGHT_MEAN_NTK = Claim(
     theory=_ntk_theory,
     expected=Outcome.SUPPORTED,
     explanation=(
-        "Training with weight mean moves the weights only within rows of zero mean, so the kernel that governs it is J P Jᵀ, and "
-        "its entries follow the recursion. The kernel of the raw weights, J Jᵀ, that automatic differentiation returns by "
-        "default does not: every layer adds a spurious 1/(π − 1) to each entry."
+        "Training with weight mean moves the weights only within rows of zero mean, so the kernel that governs it "
+        "is J P Jᵀ, and its entries follow the recursion. The kernel of the raw weights, J Jᵀ, that automatic "
+        "differentiation returns by default does not: every layer adds a spurious 1/(π − 1) to each entry."
     ),
     control=Control(
         "the projection left out of the kernel", {"probe": KernelEntries(projected=False)}, Outcome.REFUTED
@@ -190,8 +190,9 @@ WHITENING = Claim(
     theory=_whitening_theory,
     expected=Outcome.SUPPORTED,
     explanation=(
-        "Near 0 the map T̄ contracts by T̄'(0) = 0.7335 per layer, so a correlation of 0.5 has fallen to about 0.01 after "
-        "fifteen. Without weight mean the only fixed point of T is 1, and the same inputs end almost identical."
+        "Near 0 the map T̄ contracts by T̄'(0) = 0.7335 per layer, so a correlation of 0.5 has fallen to about "
+        "0.01 after fifteen. Without weight mean the only fixed point of T is 1, and the same inputs end almost "
+        "identical."
     ),
     control=Control(
         "weight mean switched off",
@@ -233,7 +234,7 @@ def _scatter(measurement: Measurement) -> float:
 CORRELATION_SCATTER = Claim(
     name="correlation-scatter",
     title="Correlations scatter by ±0.2 at width 300",
-    statement="Deep activations of a weight-mean network of width 300 have correlations within about ±0.2, not exactly 0.",
+    statement="Deep activations of a weight-mean network of width 300 have correlations within about ±0.2.",
     source=PAPER,
     locator="Supplement, comparison at width 300",
     scope="Fully connected chains at initialization; correlation over the units of one layer",
@@ -246,9 +247,9 @@ CORRELATION_SCATTER = Claim(
     theory=_scatter_theory,
     expected=Outcome.SUPPORTED,
     explanation=(
-        "Each layer adds noise of variance 1/n to a correlation and passes the old one on with factor T̄'(0), which sums to "
-        "3.164/n: a standard deviation of 0.103 at width 300. The scatter is therefore finite width, not a failure of mean "
-        "field, and it falls as 1/√n as measured."
+        "Each layer adds noise of variance 1/n to a correlation and passes the old one on with factor T̄'(0), "
+        "which sums to 3.164/n: a standard deviation of 0.103 at width 300. The scatter is therefore finite width, "
+        "not a failure of mean field, and it falls as 1/√n as measured."
     ),
     control=Control(
         "weight mean switched off", {"subjects": partial(_scatter_subjects, method=PLAIN)}, Outcome.REFUTED

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from diagnostics.claims.claim import Claim, Outcome, Theory, Verdict
 from diagnostics.errors import UsageError
 from diagnostics.measurement import Measurement, pool, stack
-from diagnostics.names import resolve
+from diagnostics.names import resolve, unknown
 from diagnostics.statistics import Estimate, jackknife
 
 if TYPE_CHECKING:
@@ -74,7 +74,7 @@ class VerificationReport:
 
     @property
     def exit_code(self) -> int:
-        """0 when all is as catalogued; 1 when a verdict departs from the catalogue; 3 when something was not decided."""
+        """0 when all is as catalogued, 1 when a verdict departs from it, 3 when something was not decided."""
         undecided = (Outcome.INCONCLUSIVE, Outcome.NOT_RUN)
         if any(f.verdict.outcome in undecided for f in self.findings):
             return 3
@@ -158,6 +158,7 @@ def verify(
     out: str | Path | None = None,
     resume: bool = False,
     progress: Progress | None = None,
+    found: Callable[[Finding], None] | None = None,
 ) -> VerificationReport:
     """Decides claims by measurement, and writes an illustrated report.
 
@@ -168,15 +169,16 @@ def verify(
         out: Folder to write index.html, report.json and the figures to; None writes nothing.
         resume: Take up the finished claims of an interrupted run in ``out``.
         progress: Called after each replication.
+        found: Called with each finding, once it is kept.
 
     Raises:
         UsageError: If a claim or the profile does not exist, or ``out`` cannot be used.
     """
-    from diagnostics.claims import CLAIMS
+    from diagnostics.claims.catalogue import CLAIMS
     from diagnostics.report.store import ReportFolder, now, versions
 
     if profile not in PROFILES:
-        raise UsageError.unknown("profile", profile, PROFILES)
+        raise UsageError(unknown("profile", profile, PROFILES))
     chosen = (
         list(CLAIMS.values())
         if claims is None
@@ -197,9 +199,9 @@ def verify(
             finding = examine(claim, profile=profile, seeds=fixed, progress=progress)
             if folder is not None:
                 folder.keep(finding)
-        elif progress is not None:
-            progress(claim, 1, 1)
         findings.append(finding)
+        if found is not None:
+            found(finding)
     report = VerificationReport(tuple(findings), profile, fixed, versions(), started, time.monotonic() - clock)
     if folder is not None:
         folder.write(report)
