@@ -1,4 +1,4 @@
-"""The fully connected network of the theory."""
+"""The fully connected network of docs/mathematics.md §1.1."""
 
 from collections import OrderedDict
 

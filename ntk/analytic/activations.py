@@ -18,7 +18,7 @@ _ROUNDING = 1e-12
 
 @dataclass(frozen=True, eq=False)
 class DualActivation:
-    """The Gaussian expectations of one activation φ (theory.md §1.4).
+    """The Gaussian expectations of one activation φ (docs/mathematics.md §2).
 
     (u, v) is a centred Gaussian pair with variances ``q1``, ``q2`` and correlation ``rho``. All methods broadcast their
     arguments and return float64 of the broadcast shape.
@@ -68,7 +68,7 @@ class DualActivation:
         return np.asarray(self._derivative(_correlation(rho), _variance("q1", q1), _variance("q2", q2)))[()]
 
     def covariance(self, rho: ArrayLike, q1: ArrayLike = 1.0, q2: ArrayLike = 1.0) -> Array:
-        """Return E[φ(u)φ(v)] − E[φ(u)]E[φ(v)], what weight mean leaves (theory.md §2.1).
+        """Return E[φ(u)φ(v)] − E[φ(u)]E[φ(v)], what weight mean leaves (docs/mathematics.md §4.1).
 
         Accurate relative to its own size at small ``rho`` for the activations in closed form.
 
@@ -159,7 +159,7 @@ def dual_activation(name: str) -> DualActivation:
         name: "relu", "abs", "erf", "gelu" (the exact one, with erf), "tanh", "linear" or "identity".
 
     Returns:
-        The frozen object holding the Gaussian expectations of the activation (theory.md §1.4).
+        The frozen object holding the Gaussian expectations of the activation (docs/mathematics.md §2).
 
     Raises:
         ValueError: If there is no activation of that name.

@@ -2,8 +2,8 @@
 
 Per unit h ~ N(0, Σ) over the batch; z = h centred, r = ‖z‖, y = √B z/r (ε = 0, biased variance, no affine part) and
 x = φ(y). ReLU is homogeneous, so x = √B φ(z)/r, and 1/r² = ∫₀^∞ e^{−s r²} ds re-weights the Gaussian into another
-Gaussian: every expectation is one integral over s of closed ReLU forms. Source: theory.md §3.1 (V), §3.2 (points beyond
-the batch) and §3.4a–b (F); mean-field setting of Yang et al. (2019), arXiv 1902.08129.
+Gaussian: every expectation is one integral over s of closed ReLU forms. Derivation: docs/mathematics.md §5.1 (V),
+§5.2 (F) and §5.3 (points beyond the batch); mean-field setting of Yang et al. (2019), arXiv 1902.08129.
 """
 
 from dataclasses import dataclass
@@ -27,7 +27,7 @@ class BatchGeometry:
     """The covariance of points centred by the mean of a batch, split by the eigenvectors of the batch.
 
     Under the re-weighting by e^{−s r²} the covariance is C(s) = residual + loadings diag(λ/(1+2sλ)) loadingsᵀ, a sum of
-    positive terms (theory.md §3.2 rewritten: its S − 2sSQ(I+2sΣ)⁻¹QS cancels at large s).
+    positive terms (docs/mathematics.md §5.3); the equal S − 2sSQ(I+2sΣ)⁻¹QS cancels at large s.
 
     Attributes:
         eigenvalues: Positive eigenvalues λ [d] of the centred Gram of the batch.
@@ -41,7 +41,7 @@ class BatchGeometry:
 
 
 def centring(n: int, n_statistics: int) -> Array:
-    """Return A = I − 1[1ᵀ/B, 0] [n, n], which subtracts the mean of the first B points from all (theory.md §3.2)."""
+    """Return A = I − 1[1ᵀ/B, 0] [n, n], which subtracts the mean of the first B points from all."""
     matrix = np.eye(n)
     matrix[:, :n_statistics] -= 1 / n_statistics
     return matrix
@@ -91,7 +91,10 @@ def _relu_forms(c: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
 def _tangent(
     theta: jax.Array, c: jax.Array, s: jax.Array, size: int, forms: tuple[jax.Array, jax.Array, jax.Array]
 ) -> jax.Array:
-    """Return the integrand Θc∘Step − s(M+Mᵀ) + ½s²N of the NTK map, statistics differentiated (theory.md §3.4a–b)."""
+    """Return the integrand Θc∘Step − s(M+Mᵀ) + ½s²N of the NTK map, statistics differentiated.
+
+    See docs/mathematics.md §5.2, and §5.3 for points beyond the batch.
+    """
     value, step, point = forms
     once = theta[:, :size] @ c[:size, :]  # Θ Q C
     twice = c[:, :size] @ once[:size, :]  # C Q Θ Q C
@@ -129,7 +132,9 @@ def _integrate(
 def batch_norm_layer(
     sigma: Array, theta: Array, n_statistics: int | None = None, statistics: str = "differentiated"
 ) -> tuple[Array, Array]:
-    """Return V(Σ) and F_Σ(Θ) of one BatchNorm-ReLU layer; the next kernels are K' = V, Θ' = V + F (theory.md §3.4a).
+    """Return V(Σ) and F_Σ(Θ) of one BatchNorm-ReLU layer; the next kernels are K' = V, Θ' = V + F.
+
+    See docs/mathematics.md §5.
 
     Args:
         sigma: Covariance Σ of the pre-activations [n, n]; the centred Gram of the batch must have rank 3 or more.

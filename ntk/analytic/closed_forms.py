@@ -5,8 +5,8 @@ and nothing is checked here. Three expectations per activation: the value E[φ(u
 the covariance E[φ(u)φ(v)] − E[φ(u)]E[φ(v)]. The last is written without the difference, which would lose all relative
 precision at small ``rho``, where weight-mean networks live.
 
-Source: theory.md §1.3 and §1.4; Cho and Saul (2009) for ReLU, Williams (1998) for erf. The angle is always formed with
-arctan2, exact at ``rho = 1`` (theory.md §7, "Precision").
+Source: Cho and Saul (2009) for ReLU, Williams (1998) for erf; all forms are in docs/mathematics.md §2.2. The angle is
+always formed with arctan2, exact at ``rho = 1`` (§1.3 there).
 """
 
 import numpy as np

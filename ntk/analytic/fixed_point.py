@@ -1,8 +1,8 @@
 """Closed forms of a deep BatchNorm-ReLU network in train mode, and the growth of its gradient.
 
-A batch whose Gram is q[(1−c)I + c11ᵀ] reaches the fixed point in one layer (theory.md §3.3): after normalization the
-batch is uniform on the sphere orthogonal to 1, of pairwise correlation −1/(B−1). Mean-field theory of Yang et al.
-(2019), arXiv 1902.08129; the closed forms of theory.md §3.3–3.5.
+A batch whose Gram is q[(1−c)I + c11ᵀ] reaches the fixed point in one layer: after normalization the batch is uniform
+on the sphere orthogonal to 1, of pairwise correlation −1/(B−1). Mean-field theory of Yang et al. (2019), arXiv
+1902.08129; the closed forms are in docs/mathematics.md §5.4.
 """
 
 import math
@@ -16,7 +16,7 @@ from ntk.analytic.messages import require_choice, require_integer
 from ntk.analytic.norms import require_norm
 
 SMALLEST_BATCH = 4
-"""Smallest batch whose BatchNorm gradient has a finite second moment, the B − 3 of theory.md §3.4."""
+"""Smallest batch whose BatchNorm gradient has a finite second moment, the B − 3 of docs/mathematics.md §5.4."""
 
 _BATCH_REASON = (
     "The second moment of a BatchNorm gradient contains E[1/r²] over B − 1 directions, and diverges for B <= 3 (its "
@@ -27,7 +27,7 @@ _ACTIVATION_STEP = "Other activations are not homogeneous, and have no closed fo
 
 @dataclass(frozen=True)
 class BatchNormFixedPoint:
-    """What a deep BatchNorm-ReLU network in train mode tends to (theory.md §3.3–3.5).
+    """What a deep BatchNorm-ReLU network in train mode tends to (docs/mathematics.md §5.4, §9.4).
 
     Attributes:
         batch_size: B, or None for the limit of large batches.
@@ -102,8 +102,8 @@ def batch_norm_fixed_point(batch_size: int | None = None) -> BatchNormFixedPoint
 def gradient_growth(norm: str, batch_size: int | None = None, activation: str = "relu") -> float:
     """Return the factor by which one layer multiplies the second moment of the gradient, at initialization.
 
-    Plain and weight mean: χ1 at the stable weight variance (theory.md §1.4), whatever the batch size. BatchNorm: λ_B
-    for ReLU, (B−2)/(B−3) for a linear network (theory.md §3.4), with the limits π/(π−1) and 1 for a large batch.
+    Plain and weight mean: χ1 at the stable weight variance, whatever the batch size (docs/mathematics.md §2.3).
+    BatchNorm: λ_B for ReLU, (B−2)/(B−3) for a linear network, with the limits π/(π−1) and 1 for a large batch (§5.4).
 
     Args:
         norm: "none", "weight_mean" or "batch_norm".

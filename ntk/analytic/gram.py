@@ -19,7 +19,7 @@ def require_gram(gram: ArrayLike) -> Array:
     its largest entry. Eigenvalues that are negative within it are left as they are.
 
     Args:
-        gram: K⁰ [n, n], the covariance of the first pre-activations (theory.md §1.1).
+        gram: K⁰ [n, n], the covariance of the first pre-activations (docs/mathematics.md §1.1).
 
     Returns:
         The matrix [n, n].
@@ -66,7 +66,7 @@ def correlations(kernel: Array) -> tuple[Array, Array]:
     """Split a covariance matrix into variances and correlations.
 
     The diagonal of the correlations is exactly one: at c = 1 − 2⁻⁵³ the derivative kernel of ReLU would already err by
-    2e−9 per layer (theory.md §7, "Precision").
+    2e−9 per layer (docs/mathematics.md §1.3).
 
     Args:
         kernel: Covariance matrix [n, n] with a positive diagonal.

@@ -18,7 +18,8 @@ class AnalyticKernels:
         sigma_w2: Weight variance σw² of the layers after the first, whose gain is one.
         sigma_b2: Bias variance of these layers.
         parametrization: "ntk" or "standard".
-        projected: Whether the NTK is that of training in the subspace that the norm allows (theory.md §2.2).
+        projected: Whether the NTK is that of training in the subspace that the norm allows (docs/mathematics.md
+            §4.3).
         n_statistics: Number of leading rows whose batch statistics are used; None without batch norm.
         statistics: "differentiated", "mean_differentiated" or "constant"; None without batch norm.
         nngp_by_depth: K at depths 0 … D [D + 1, n, n]; at D alone [1, n, n] unless every depth was kept.

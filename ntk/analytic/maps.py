@@ -34,7 +34,9 @@ class FixedPoint:
 
 @dataclass(frozen=True)
 class CorrelationMap:
-    """The correlation map T of one layer, at the variance q* that the layer preserves (theory.md §1.2, §2.1).
+    """The correlation map T of one layer, at the variance q* that the layer preserves.
+
+    See docs/mathematics.md §1.2, and §4.2 for weight mean.
 
     Attributes:
         norm: Normalization.
@@ -77,7 +79,7 @@ class CorrelationMap:
 
     @property
     def chi_1(self) -> float:
-        """χ1 = σw² E[φ'²]: growth of the gradient's second moment per layer (theory.md §1.2)."""
+        """χ1 = σw² E[φ'²]: growth of the gradient's second moment per layer (docs/mathematics.md §1.2)."""
         return float(self.sigma_w2 * self._dual.derivative(1.0, self.variance, self.variance))
 
     def fixed_points(self) -> tuple[FixedPoint, ...]:
@@ -135,9 +137,9 @@ def correlation_map(
     """Return the correlation map of one infinitely wide layer.
 
     For weight-mean ReLU at its stable weight variance T(ρ) = (φ̂(ρ) − φ̂(0))/(φ̂(1) − φ̂(0)), with χ1 = π/(π−1)
-    (MimicNorm, Theorem 3; theory.md §2.1). "batch_norm" is the limit of a large batch of equal norms and vanishing mean
-    correlation (theory.md §3.2), where the map of weight mean at unit variance holds; a finite batch is the business of
-    :func:`ntk.analytic.propagate`.
+    (MimicNorm, Theorem 3; docs/mathematics.md §4.2). "batch_norm" is the limit of a large batch of equal norms and
+    vanishing mean correlation (§5.5), where the map of weight mean at unit variance holds; a finite batch is the
+    business of :func:`ntk.analytic.propagate`.
 
     Args:
         norm: "none", "weight_mean" or "batch_norm".

@@ -1,7 +1,7 @@
 """What the two weight-side networks do to a pair of inputs: "none" and "weight_mean" in the infinite-width limit.
 
 One layer: K' = σw² S(c, q, q') + σb² with S the second moment E[φφ] ("none") or the covariance E[φφ] − EφEφ
-("weight_mean"); theory.md §1.2 and §2.1.
+("weight_mean"); docs/mathematics.md §3.1 and §4.1.
 """
 
 import math
@@ -75,7 +75,7 @@ def stable_weight_variance(activation: str = "relu", norm: str = "none", sigma_b
     """Return the σw² that keeps unit variance: σw² S(1) + σb² = 1.
 
     For ReLU 2 ("none", He et al. 2015) and 2π/(π−1) = 2.93388441384852 ("weight_mean", MimicNorm Theorem 3);
-    theory.md §1.3, §1.4, §2.1.
+    docs/mathematics.md §2.3 has the moments of the others.
 
     Args:
         activation: Name of the activation.

@@ -13,7 +13,7 @@ Array = NDArray[np.float64]
 def double_precision() -> AbstractContextManager[object]:
     """Return a context in which JAX computes in float64, whatever the global flag says.
 
-    The flag is a thread-local override: nothing is left behind (theory.md §7, "Precision").
+    The flag is a thread-local override: nothing is left behind. Why float64: docs/mathematics.md §1.3.
     """
     return jax.enable_x64(True)
 

@@ -23,7 +23,7 @@ _DEPTH_REASON = "It counts activations: a network with D of them has D + 1 weigh
 
 @dataclass(frozen=True, eq=False)
 class GaussianLayer:
-    """One layer of a plain or weight-mean network (theory.md §1.2, §2.1, §2.2).
+    """One layer of a plain or weight-mean network (docs/mathematics.md §3.1, §4.1, §4.3).
 
     Attributes:
         dual: The activation.
@@ -65,7 +65,7 @@ class GaussianLayer:
 
 @dataclass(frozen=True, eq=False)
 class BatchNormLayer:
-    """One BatchNorm-ReLU layer and the linear layer after it (theory.md §3.1–3.4).
+    """One BatchNorm-ReLU layer and the linear layer after it (docs/mathematics.md §5.1–5.3).
 
     Attributes:
         n_statistics: Number of leading rows that define the statistics.
@@ -106,8 +106,8 @@ def propagate(
     """Propagate a Gram matrix through an infinitely wide network of ``depth`` activations.
 
     K⁰ is the covariance of the first pre-activations: the first linear layer has gain one and no bias variance
-    (theory.md §1.1). Plain and weight mean follow §1.2 and §2.2 (Jacot et al. 2018 for the NTK; MimicNorm, arXiv
-    2010.09278, for weight mean); batch norm is exact at the batch size of the rows, §3.
+    (docs/mathematics.md §1.1). Plain and weight mean follow §3.1 and §4.3 there (Jacot et al. 2018 for the NTK;
+    MimicNorm, arXiv 2010.09278, for weight mean); batch norm is exact at the batch size of the rows, §5.
 
     Args:
         gram: K⁰ [n, n], symmetric positive semi-definite.
@@ -118,9 +118,9 @@ def propagate(
         sigma_b2: Bias variance; 0 under "batch_norm", which subtracts every bias.
         parametrization: "ntk", or "standard" for a plain network with ``width``.
         n_statistics: Under "batch_norm", the number of leading rows that are the batch; the others are test points that
-            borrow its statistics (§3.2, §3.4b). None for all rows.
+            borrow its statistics (§5.3). None for all rows.
         projected: Under "weight_mean", whether the NTK is that of the centred weights. False gives what autograd with
-            respect to the raw weights yields, 1/(π−1) more per layer (§2.2).
+            respect to the raw weights yields, 1/(π−1) more per layer (§4.3).
         statistics: Under "batch_norm", what the NTK differentiates: "differentiated" (mean and variance),
             "mean_differentiated", or "constant" (running statistics).
         width: Under the standard parametrization, the fan-in of the D + 1 linear layers, input first; an int for all.

@@ -1,7 +1,7 @@
 """Nodes for the one-dimensional integrals over s in which the finite-batch BatchNorm kernels are written.
 
 The integrands are δ(s) = Π(1 + 2sλ_a)^(−1/2), over the d non-zero eigenvalues of the centred batch Gram, times rational
-functions of s. Source: theory.md §3.1.
+functions of s (docs/mathematics.md §5.1).
 """
 
 from functools import lru_cache
@@ -53,7 +53,7 @@ def _log_determinant(s: Array, eigenvalues: Array) -> Array:
 
 
 def _gauss_jacobi(eigenvalues: Array) -> tuple[Array, Array]:
-    """Gauss–Jacobi rule; w^((d − 4)/2) is how the Jacobian terms, ds included, end at s = ∞ (theory.md §3.1)."""
+    """Gauss–Jacobi rule: the Jacobian terms, ds included, end as w^((d − 4)/2) at s = ∞ (docs/mathematics.md §5.1)."""
     exponent = (eigenvalues.size - 4) / 2
     w, log_weights = _jacobi(exponent)
     mean = eigenvalues.mean()

@@ -2,8 +2,8 @@
 
 The rule is the trapezoid rule of constant step on the real line. For a function that is analytic in the strip
 |Im z| < a, its error is about exp(−2πa/h): with a = π/(2√q) for tanh of a Gaussian of variance q, a step of 0.24/√q is
-at the float64 floor with some seventy nodes. Gauss–Hermite (theory.md §1.4) errs by exp(−a√(2n)) and would need four
-times as many in each dimension. Neither has any business with a kinked activation, so only tanh is here.
+at the float64 floor with some seventy nodes. Gauss–Hermite errs by exp(−a√(2n)) and would need four times as many in
+each dimension. Neither has any business with a kinked activation, so only tanh is here.
 """
 
 from collections.abc import Callable

@@ -1,4 +1,4 @@
-"""The fully connected networks of theory.md: bias-free, Gaussian weights, a scalar read-out."""
+"""The fully connected networks of docs/mathematics.md: bias-free, Gaussian weights, a scalar read-out."""
 
 import itertools
 import math
@@ -18,7 +18,7 @@ VARIANCE = {"none": 2.0, "weight_mean": 2 * CHI_1, "batch_norm": 1.0}
 
 
 class DetachedBatchNorm(nn.Module):
-    """Normalizes by the statistics of the batch without differentiating them: the control of theory.md 3.4."""
+    """Normalizes by the statistics of the batch without differentiating them: see docs/mathematics.md §5.2."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         mean = x.mean(0).detach()
@@ -27,7 +27,7 @@ class DetachedBatchNorm(nn.Module):
 
 @dataclass(frozen=True)
 class Dense:
-    """A network, and the multipliers and projection that make its kernel that of theory.md."""
+    """A network, and the multipliers and projection that make its kernel that of docs/mathematics.md."""
 
     model: nn.Module
     multipliers: dict[str, float]
@@ -72,6 +72,6 @@ def dense(
 
 
 def constant_correlation(m: int, rho: float, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-    """m inputs [m, m] with K0 = x xᵀ / m = (1 - rho) I + rho 11ᵀ: data "const-rho" of theory.md."""
+    """m inputs [m, m] with K0 = x xᵀ / m = (1 - rho) I + rho 11ᵀ: data "const-ρ" of docs/mathematics.md §9.1."""
     gram = torch.full((m, m), rho, dtype=torch.float64) + (1 - rho) * torch.eye(m, dtype=torch.float64)
     return (math.sqrt(m) * torch.linalg.cholesky(gram)).to(dtype)

@@ -36,7 +36,7 @@ def test_every_layer(mode: str, layer: int | None) -> None:
 
 
 def test_post_batch_norm_kernel_is_singular() -> None:
-    """theory.md 3.3: after BatchNorm the constant vector is a null vector of the kernel, with trace B."""
+    """docs/mathematics.md §5.4: after BatchNorm the constant vector is a null vector of the kernel, with trace B."""
     model = nn.Sequential(nn.Linear(4, 50), nn.BatchNorm1d(50, eps=1e-300)).double()
     values = ntk.empirical_nngp(model, torch.randn(6, 4, dtype=torch.float64)).values
     assert np.abs(values.sum(1)).max() < 1e-12

@@ -1,4 +1,4 @@
-"""Finite networks against closed forms, and against the infinite-width values of theory.md 2.6 and 3.6.
+"""Finite networks against closed forms, and against the infinite-width values of docs/mathematics.md §9.5.
 
 Monte Carlo: width 1024 and the 12 seeds 0 to 11, fixed beforehand; four standard errors allowed. Weights and rows are
 float32, whose rounding (1e-6 relative) is a thousandth of one standard error.
@@ -75,7 +75,7 @@ RAW, PROJECTED, PLAIN = (24.9925, 3.20657), (19.1994, 1.40151), (6.0, 2.46289)
     ids=["plain", "weight mean, projected", "weight mean, raw"],
 )
 def test_weight_mean_at_depth_5(norm: str, variant: str, expected: tuple[float, float]) -> None:
-    """theory.md 2.6, entries first: the condition number is biased upward at finite width."""
+    """docs/mathematics.md §9.5, entries first: the condition number is biased upward at finite width."""
     drawn = sample(norm, 5, 10, variant)
     assert agrees(drawn[:, 0], expected[0])
     assert agrees(drawn[:, 1], expected[1])
@@ -97,7 +97,7 @@ BATCH_NORM = {1: (1.038462, 0.113440), 3: (3.255788, -0.007633), 6: (14.33214, -
 
 @pytest.mark.parametrize("depth", BATCH_NORM)
 def test_batch_norm_of_16(depth: int) -> None:
-    """theory.md 3.6."""
+    """docs/mathematics.md §9.5."""
     drawn = sample("batch_norm", depth, 16, "raw")
     assert agrees(drawn[:, 0], BATCH_NORM[depth][0])
     assert agrees(drawn[:, 1], BATCH_NORM[depth][1])
@@ -116,7 +116,7 @@ def test_statistics_are_differentiated(depth: int) -> None:
 
 
 def test_nngp_of_batch_norm() -> None:
-    """theory.md 3.6: post-ReLU kernel 1/2 and J/2 at B = 16; the pre-activation kernel is singular instead."""
+    """docs/mathematics.md §5.4: 1/2 and J/2 behind ReLU at B = 16; the pre-activation kernel is singular instead."""
     drawn = []
     for seed in SEEDS:
         net = dense("batch_norm", 1, 16, width=WIDTH, seed=seed)

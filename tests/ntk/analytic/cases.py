@@ -1,4 +1,4 @@
-"""Gram matrices of theory.md §6.3 and §6.4, and the two comparisons on which the tests of the analytic kernels rest."""
+"""Gram matrices of docs/mathematics.md §9.1, and the two comparisons on which the tests of analytic kernels rest."""
 
 import numpy as np
 from numpy.typing import NDArray
@@ -8,18 +8,18 @@ EPS = float(np.finfo(np.float64).eps)
 
 
 def constant_half(n: int = 10) -> Array:
-    """Data A: unit variance, every correlation one half."""
+    """const-0.5: unit variance, every correlation one half."""
     return 0.5 * np.eye(n) + 0.5
 
 
 def circle(n: int = 10) -> Array:
-    """Data B: points on a circle; centred rank 2."""
+    """circle: points on a circle; centred rank 2."""
     angle = 2 * np.pi * np.arange(n) / n
     return np.cos(angle[:, None] - angle)
 
 
 def autoregressive(n: int = 8) -> Array:
-    """The documented batch: 0.9^|i−j|."""
+    """AR(1), the documented batch: 0.9^|i−j|."""
     index = np.arange(n)
     return 0.9 ** np.abs(index[:, None] - index)
 

@@ -1,4 +1,4 @@
-"""Dual activations: theory.md §1.3, §1.4 and §6.1, against two-dimensional quadrature and Monte Carlo."""
+"""Dual activations: docs/mathematics.md §2 and §4.2, against two-dimensional quadrature and Monte Carlo."""
 
 from collections.abc import Callable
 

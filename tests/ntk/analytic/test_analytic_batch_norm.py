@@ -1,4 +1,4 @@
-"""Finite-batch BatchNorm kernels: theory.md §2.7, §3.1–3.5, §6.3 and §6.4, and Monte Carlo of their definitions."""
+"""Finite-batch BatchNorm kernels: docs/mathematics.md §5, §9.4 and §9.5, and Monte Carlo of their definitions."""
 
 import numpy as np
 import pytest
@@ -78,14 +78,14 @@ def test_rows_of_the_documented_batch() -> None:
     for row, texts in ((0, first), (3, fourth)):
         for value, text in zip(k[row], texts.split(), strict=True):
             printed(value, text)
-    # §6.4 also prints K34 = 0.165684667667 at D = 1, which contradicts its own row above; the direct integral decides.
+    # K34 at D = 1 to all its digits, by the direct integral as well.
     printed(direct_integral(autoregressive())[3, 4], "0.165684666748", roundings=64)
     printed(k[3, 4], "0.165684666748", roundings=64)
     printed(propagate(autoregressive(), 2, "batch_norm").nngp[3, 4], "0.159105711646", roundings=64)
 
 
 def direct_integral(sigma: Array) -> Array:
-    """V of §3.1 as printed, by adaptive quadrature over ln s and with a determinant and an inverse."""
+    """V as docs/mathematics.md §5.1 prints it, by adaptive quadrature over ln s, with a determinant and an inverse."""
     n = len(sigma)
     centred = centring(n, n) @ sigma @ centring(n, n).T
 
@@ -172,7 +172,7 @@ def test_finite_width_table_of_batch_16() -> None:
 
 @pytest.mark.parametrize("batch_size", [4, 8, 10, 16, 64])
 def test_closed_recursion_at_the_fixed_point(batch_size: int) -> None:
-    # §3.4: Θ1, then the two multipliers, for a batch of constant correlation.
+    # docs/mathematics.md §5.4: Θ1, then the two multipliers, for a batch of constant correlation.
     b, point = batch_size, batch_norm_fixed_point(batch_size)
     j, slope = point.rectified_correlation, point.derivative_correlation
     diagonal, off = 0.5 + (b - 2) / (2 * (b - 3)), j / 2 - (j + slope) / (2 * (b - 3))

@@ -1,4 +1,4 @@
-"""Closed forms of deep BatchNorm networks: theory.md §3.3–3.5."""
+"""Closed forms of deep BatchNorm networks: docs/mathematics.md §5.4 and §9.4."""
 
 import math
 

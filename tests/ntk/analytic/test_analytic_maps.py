@@ -1,4 +1,4 @@
-"""Correlation maps: theory.md §1.3, §2.1 and §4."""
+"""Correlation maps: docs/mathematics.md §1.2, §3 and §4.2."""
 
 import math
 

@@ -1,4 +1,4 @@
-"""Plain and weight-mean kernels: theory.md §1.2, §2.2, §4, §6.2 and §6.3."""
+"""Plain and weight-mean kernels: docs/mathematics.md §3, §4, §6, §9.2 and §9.3."""
 
 import jax
 import numpy as np
@@ -110,7 +110,7 @@ def test_nngp_condition_numbers(row: str) -> None:
             5,
             "17.7979008",
             "31.81302934",
-        ),  # §6.3 misprints 17.7978008; §6.2 gives 19.19941365 − 1.40151285
+        ),  # p − o = 19.19941365 − 1.40151285
         ("weight_mean", 50, "657355174.6", "657355174.6"),
     ],
 )
@@ -187,7 +187,7 @@ def test_standard_parametrization_against_neural_tangents(bias: float | None, tr
 @pytest.mark.parametrize("norm", NORMS)
 @pytest.mark.parametrize("name", ["relu", "gelu", "tanh"])
 def test_recursion_written_out(norm: str, name: str) -> None:
-    # The definition of §1.2 and §2.2, pair by pair, at unequal variances and with biases.
+    # The definition of docs/mathematics.md §3.1 and §4.3, pair by pair, at unequal variances and with biases.
     gram, depth, weight, bias = random_covariance(4, 5), 3, 1.3, 0.2
     dual, nngp, ntk = dual_activation(name), gram.copy(), gram.copy()
     for _ in range(depth):
@@ -220,7 +220,7 @@ def test_biased_weight_mean_is_plain_he() -> None:
 
 @pytest.mark.parametrize("n", [4, 16])
 def test_finite_width_expectation(n: int) -> None:
-    # Lemma 1 at finite width: E[K̂] = (1 − 1/n)(φ̂(c) − φ̂(0)) for one layer of n units (§2.3).
+    # Lemma 1 at finite width: E[K̂] = (1 − 1/n)(φ̂(c) − φ̂(0)) for one layer of n units.
     x, y = np.random.default_rng(11).standard_normal((2, 40_000, n))
     first, second = np.maximum(x, 0), np.maximum(0.5 * x + np.sqrt(0.75) * y, 0)
     samples = (first * second).mean(axis=1) - first.mean(axis=1) * second.mean(axis=1)
@@ -230,7 +230,7 @@ def test_finite_width_expectation(n: int) -> None:
     assert abs(standard_scores(samples, dual_activation("relu").value(0.5))) > 4  # and so is the centring
 
 
-# §4 prints 4.109 at D = 10, m = 50000, where 4.10835 + 6.89165/50000 = 4.10849.
+# docs/mathematics.md §6.2; at D = 10, m = 50000 it is 4.10835 + 6.89165/50000 = 4.10849.
 @pytest.mark.parametrize("row", LARGEST_EIGENVALUE.strip().splitlines())
 def test_largest_eigenvalue_per_example(row: str) -> None:
     size, *columns = row.split()
@@ -295,7 +295,7 @@ def test_ordered_erf_forgets_at_the_full_rate() -> None:
     gap = kernels.ntk_by_depth[:, 0, 0] - kernels.ntk_by_depth[:, 0, 1]
     scaled = gap / growth ** np.arange(31)
     slope = scaled[26] - scaled[25]
-    # p − o → (a + sD) χ1^D; the value 0.2398 of §4 is (a + sD)/D at D = 100, whose limit s is 0.2394.
+    # p − o → (a + sD) χ1^D; at D = 100, (a + sD)/D is 0.2398, and its limit s is 0.2394.
     printed((scaled[26] + 74 * slope) / 100, "0.2398")
     printed(slope, "0.2394")
 
