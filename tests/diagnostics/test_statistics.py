@@ -106,7 +106,8 @@ def departure(ratios: np.ndarray, variances: np.ndarray) -> float:
 def test_of_a_ratio_it_is_the_scatter_over_experiments():
     ratios, variances = experiments()
     assert abs(departure(ratios, variances)) < 4
-    independent = variances * (0.5**2 / 3.0**2 + 0.5**2 / 5.0**2) / (0.5**2 / 3.0**2 - 2 * 0.4**2 / 15 + 0.5**2 / 5.0**2)
+    apart = 0.5**2 / 3.0**2 + 0.5**2 / 5.0**2
+    independent = variances * apart / (apart - 2 * 0.4**2 / 15)
     assert departure(ratios, independent) > 4, "numerator and denominator taken as independent must fail"
     assert departure(ratios, variances * N / (N - 1) ** 2) < -4, "the spread of the means left out must fail"
 
