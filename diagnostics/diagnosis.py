@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -164,11 +165,17 @@ def in_words(measurement: Measurement) -> str:
         deep = measurement.select(depth=measurement.axes["depth"][-1], where="pre")
         return f"the deepest pre-activations span {100 * deep.value(statistic='rank'):.0f}% of the batch's directions."
     if measurement.probe == "gradient_growth":
-        growth = float(measurement.estimate.mean())
+        growth = float(np.exp(np.log(measurement.estimate).mean()))
         phase = "vanish towards the input" if growth < 1 else "explode towards the input"
         return f"squared gradients are multiplied by {growth:.3f} per layer; 1 is critical, so here they {phase}."
     if measurement.probe == "spectrum":
-        ratio = measurement.estimate[0] / measurement.estimate[-1]
+        eigenvalues = measurement.estimate
+        zero = int((eigenvalues < len(eigenvalues) * np.finfo(np.float64).eps * eigenvalues[0]).sum())
+        if zero:
+            return (
+                f"the NTK is singular on these examples: {zero} of {len(eigenvalues)} eigenvalues are zero to rounding."
+            )
+        ratio = eigenvalues[0] / eigenvalues[-1]
         return f"the NTK's largest eigenvalue is {ratio:.3g} times its smallest on these examples."
     if not measurement.axes:
         return f"{measurement.quantity}: {float(measurement.estimate):.4g} {measurement.unit}."

@@ -174,7 +174,7 @@ def verify(
     Raises:
         UsageError: If a claim or the profile does not exist, or ``out`` cannot be used.
     """
-    from diagnostics.claims.catalogue import CLAIMS
+    from diagnostics.claims import CLAIMS
     from diagnostics.report.store import ReportFolder, now, versions
 
     if profile not in PROFILES:

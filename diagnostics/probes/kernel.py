@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
+import torch
 from torch import nn
 
 import ntk
@@ -65,7 +66,7 @@ class KernelEntries:
         network = subject.network()
         check_network(network, subject.x)
         if self.kind == "nngp":
-            return ntk.empirical_nngp(network, subject.x)
+            return ntk.empirical_nngp(network, subject.x, dtype=torch.float64)
         projections = subject.projections(network)
         return ntk.empirical_ntk(
             network,
@@ -73,6 +74,7 @@ class KernelEntries:
             reduce="trace",
             projection=projections if self.projected and projections else None,
             params=ntk_multipliers(network, projections) if self.parametrization == "ntk" else None,
+            dtype=torch.float64,
         )
 
     def measure(self, subject: Subject) -> Measurement:

@@ -70,7 +70,7 @@ def test_unknown_claim_is_a_usage_error_with_the_nearest_name(capsys, place):
     captured = capsys.readouterr()
     assert captured.out == ""
     assert captured.err.startswith("mimicnorm: claim must be one of")
-    assert "got 'halfs'. did you mean 'halves'? List them with: mimicnorm list claims" in captured.err
+    assert "got 'halfs'. Did you mean 'halves'? List them with: mimicnorm list claims" in captured.err
     assert "Traceback" not in captured.err
     assert not list(place.iterdir())
 
@@ -136,8 +136,8 @@ def test_terminal_shows_a_bar_then_the_verdict(place):
 
     with open("screen", "w+", encoding="utf-8") as screen:
         console = Console(file=screen, force_terminal=True, width=120, legacy_windows=False)
-        with ProgressLines(console, place / "r") as progress:
-            verify(["halves", "missing"], out="r", progress=progress)
+        with ProgressLines(console) as shown:
+            verify(["halves", "missing"], out="r", progress=shown.progress, found=shown.found)
         screen.seek(0)
         lines = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", screen.read()).split("\n")
     drawn = [line.split("\r")[-1].split() for line in lines]
@@ -199,8 +199,8 @@ def test_diagnose_has_a_dated_folder_by_default(diagnosing, place):
     [
         (["my.nets:build"], "target must be one of builtin:resnet18 in this version, got 'my.nets:build'"),
         (["resnet18"], "target must be one of builtin:resnet18 in this version, got 'resnet18'"),
-        (["builtin:resnet19"], "got 'resnet19'. did you mean 'resnet18'?"),
-        (["builtin:resnet18", "--compare", "mimicnrom"], "got 'mimicnrom'. did you mean 'mimicnorm'"),
+        (["builtin:resnet19"], "got 'resnet19'. Did you mean 'resnet18'?"),
+        (["builtin:resnet18", "--compare", "mimicnrom"], "got 'mimicnrom'. Did you mean 'mimicnorm'"),
         (
             ["builtin:resnet18", "mimicnorm"],
             "target must be one word, got builtin:resnet18 mimicnorm. Name methods after --compare",

@@ -155,7 +155,7 @@ def test_report_of_another_schema_version_is_refused(report):
 
 def test_report_on_an_unknown_claim_names_the_nearest(report):
     known = {"halve": synthetic_claims.claim("halve")}
-    with pytest.raises(UsageError, match=r"got 'halves'\. did you mean 'halve'\?"):
+    with pytest.raises(UsageError, match=r"got 'halves'\. Did you mean 'halve'\?"):
         report_from_json(report_to_json(report), known)
 
 

@@ -44,7 +44,7 @@ def test_interrupted_run_is_resumed_without_measuring_a_finished_claim_again(tmp
 
     calls: list[tuple[str, int, int]] = []
     resumed = verify(claims, out=tmp_path / "run", resume=True, progress=lambda c, k, n: calls.append((c.name, k, n)))
-    assert calls[:2] == [("halves", 1, 1), ("vanishes", 1, 1)]
+    assert not {"halves", "vanishes"} & {name for name, *_ in calls}
     assert [f.verdict.outcome for f in resumed.findings] == [f.verdict.outcome for f in uninterrupted.findings]
     assert contents(tmp_path / "run") == contents(tmp_path / "whole")
     for figure in (tmp_path / "whole" / "figures").iterdir():

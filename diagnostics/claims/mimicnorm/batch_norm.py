@@ -31,7 +31,7 @@ def _growth_theory(measurement: Measurement) -> Theory:
         "BatchNorm, λ_B": (batches, np.array([gradient_growth("batch_norm", int(b)) for b in batches])),
         "Theorem 2, π/(π − 1)": (batches, np.full(len(batches), CHI_1)),
     }
-    return Theory(gradient_growth("batch_norm", BATCHES[0]), "theory §3.4, λ_B at B = 8", curves)
+    return Theory(gradient_growth("batch_norm", BATCHES[0]), "mathematics §5.4, λ_B at B = 8", curves)
 
 
 GRADIENT_GROWTH = Claim(
@@ -85,7 +85,7 @@ def _nngp_theory(measurement: Measurement) -> Theory:
         "before ReLU, −1/(B − 1)": (depths, np.full(2, off)),
         "behind ReLU, J": (depths, np.full(2, behind_relu)),
     }
-    return Theory(off, "theory §3.3: −1/(B − 1) at B = 8", curves)
+    return Theory(off, "mathematics §5.4: −1/(B − 1) at B = 8", curves)
 
 
 NNGP_IDENTITY = Claim(
@@ -150,7 +150,7 @@ def _ntk_theory(measurement: Measurement) -> Theory:
         curves[label] = (np.array(depths, dtype=float), kernels[:, 0, 1] / kernels[:, 0, 0])
     deep = propagate(gram, NTK_DEPTHS[-1], "batch_norm").ntk
     ratio = (deep[0, 0] + (NTK_BATCH - 1) * deep[0, 1]) / (deep[0, 0] - deep[0, 1])
-    return Theory(float(ratio), "theory §3.4: same-batch BatchNorm NTK, B = 16, D = 4", curves)
+    return Theory(float(ratio), "mathematics §5.2: same-batch BatchNorm NTK, B = 16, D = 4", curves)
 
 
 def _ntk_ratio(measurement: Measurement) -> Measurement:
@@ -174,7 +174,9 @@ SAME_NTK = Claim(
     subjects=partial(_ntk_subjects, method=BATCH_NORM),
     statistic=constant_mode,
     statistic_name="eigenvalue of the constant mode over that of all others",
-    prediction=Prediction.point(3.1070276660772, 0.6, "the weight-mean recursion on the same inputs (theory §2.2)"),
+    prediction=Prediction.point(
+        3.1070276660772, 0.6, "the weight-mean recursion on the same inputs (mathematics §4.3)"
+    ),
     theory=_ntk_theory,
     expected=Outcome.REFUTED,
     explanation=(

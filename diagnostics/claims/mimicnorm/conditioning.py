@@ -51,7 +51,7 @@ def _singular_theory(measurement: Measurement) -> Theory:
         curves[label] = depths.astype(float), np.linalg.cond(by_depth[1:])
     chosen = [depth - 1 for depth in DEPTHS]
     slope = np.polyfit(np.log(DEPTHS), np.log(curves["NTK"][1][chosen]), 1)[0]
-    return Theory(float(slope), "theory §4 and §6.3, data A", curves)
+    return Theory(float(slope), "mathematics §6.1 and §9.3", curves)
 
 
 def _singular_picture(measurement: Measurement, theory: Theory) -> Figure:
@@ -106,7 +106,7 @@ def _kappa_theory(measurement: Measurement) -> Theory:
     widths = np.array([min(measurement.axes["width"]), max(measurement.axes["width"])], dtype=float)
     return Theory(
         float("nan"),
-        "theory §6.3 gives 1.00008 at infinite width; §2.6 measures 4.3 at width 512",
+        "mathematics §9.3 gives 1.00008 at infinite width; §9.5 measured 4.3 at width 512",
         {"infinite width": (widths, np.full(2, kappa))},
     )
 
@@ -130,7 +130,7 @@ PERFECT_CONDITIONING = Claim(
     subjects=partial(_by_width, method=WEIGHT_MEAN),
     statistic=lambda m: m.value(width=m.axes["width"][-1], statistic="condition_number"),
     statistic_name="mean κ(NTK) of the widest network",
-    prediction=Prediction.point(1.000084197, 0.5, "the weight-mean recursion at depth 20 (theory §6.3)"),
+    prediction=Prediction.point(1.000084197, 0.5, "the weight-mean recursion at depth 20 (mathematics §9.3)"),
     theory=_kappa_theory,
     expected=Outcome.REFUTED,
     explanation=(

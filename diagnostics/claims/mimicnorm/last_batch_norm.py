@@ -51,7 +51,9 @@ def _sharpness_theory(measurement: Measurement) -> Theory:
         largest = np.linalg.eigvalsh(jacobian @ kernels.ntk @ jacobian)[:, -1]
         mean.append(np.log10(largest / np.linalg.eigvalsh(kernels.ntk)[-1]).mean())
     depths = np.array(DEPTHS, dtype=float)
-    return Theory(float(mean[-1]), f"theory §5, over {DRAWS} draws", {"infinite width": (depths, np.array(mean))})
+    return Theory(
+        float(mean[-1]), f"mathematics §7.3, over {DRAWS} draws", {"infinite width": (depths, np.array(mean))}
+    )
 
 
 LOWERS_SHARPNESS = Claim(
@@ -104,7 +106,9 @@ LARGE_RATES = Claim(
     statistic=lambda m: m.value(network="measured", multiple=10.0, statistic="loss"),
     statistic_name="log10 of final over initial loss at ten times the critical rate 2/λ_max",
     prediction=Prediction.at_most(0.0, "stable training does not raise the loss"),
-    theory=lambda m: Theory(float("nan"), "theory §5: norms grow until ηλ_max falls below 2; no value is predicted"),
+    theory=lambda m: Theory(
+        float("nan"), "mathematics §7.4: norms grow until ηλ_max falls below 2; no value is predicted"
+    ),
     expected=Outcome.SUPPORTED,
     explanation=(
         "The mechanism is not a smaller gradient at the start: the loss ignores the scale of the weights, a "
@@ -157,7 +161,7 @@ SCALE_INVARIANCE = Claim(
     prediction=Prediction.at_most(
         -10.0, "exact invariance makes each gradient orthogonal to its weight, up to rounding"
     ),
-    theory=lambda m: Theory(float("nan"), "theory §5, items 3 and 4: no invariance, hence no value"),
+    theory=lambda m: Theory(float("nan"), "mathematics §7.2: no invariance, hence no value"),
     expected=Outcome.REFUTED,
     explanation=(
         "Scaling a branch changes its weight relative to the shortcut, and scaling a layer leaves its bias behind, "

@@ -37,7 +37,7 @@ PROJECTION = Claim(
     statistic=lambda m: float(m.estimate.mean()),
     statistic_name="log10 of the largest weight difference after 30 steps",
     prediction=Prediction.at_most(-12.0, "equal up to float64 rounding over 30 steps"),
-    theory=lambda m: Theory(-np.inf, "theory §2.2: identical trajectories"),
+    theory=lambda m: Theory(-np.inf, "mathematics §4.5: identical trajectories"),
     expected=Outcome.SUPPORTED,
     explanation=(
         "P = I − 11ᵀ/n is idempotent and linear, and so are the recursions of SGD, momentum and L2 decay, so P "
@@ -96,7 +96,7 @@ LEARNING_RATE_RANGE = Claim(
     prediction=Prediction.at_least(
         8.8, "Table 2: the differences at rates 0.2, 0.5 and 1.0 are 38.4, 21.0 and 8.8 points"
     ),
-    theory=lambda m: Theory(float("nan"), "theory §5 explains the mechanism; no accuracy is predicted"),
+    theory=lambda m: Theory(float("nan"), "mathematics §7.4 explains the mechanism; no accuracy is predicted"),
     expected=Outcome.SUPPORTED,
     explanation=(
         "Without the last BatchNorm the weights blow up at large rates and the network stays at chance. With it "
@@ -153,7 +153,7 @@ MEMORY_SAVING = Claim(
     statistic=_saving,
     statistic_name="smallest saving over the networks, in percent",
     prediction=Prediction.at_least(20.0, "abstract: about 20% less memory"),
-    theory=lambda m: Theory(float("nan"), "theory §8 row 21: a question of implementation"),
+    theory=lambda m: Theory(float("nan"), "none: memory is a question of implementation"),
     expected=Outcome.SUPPORTED,
     explanation=(
         "Each BatchNorm keeps its input for the backward pass besides what convolution and ReLU keep, and "

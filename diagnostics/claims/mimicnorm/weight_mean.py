@@ -32,7 +32,7 @@ def _map_theory(measurement: Measurement) -> Theory:
         "weight mean, T̄(ρ)": (rho, correlation_map("weight_mean")(rho)),
         "plain, T(ρ)": (rho, correlation_map("none")(rho)),
     }
-    return Theory(float(correlation_map("weight_mean")(0.5)), "theory §2.1, T̄(0.5)", curves)
+    return Theory(float(correlation_map("weight_mean")(0.5)), "mathematics §4.2, T̄(0.5)", curves)
 
 
 CORRELATION_MAP = Claim(
@@ -79,7 +79,7 @@ def _growth_theory(measurement: Measurement) -> Theory:
         "weight mean, π/(π − 1)": (layers, np.full(2, gradient_growth("weight_mean"))),
         "plain, 1": (layers, np.full(2, gradient_growth("none"))),
     }
-    return Theory(gradient_growth("weight_mean"), "theory §2.1, χ₁ = π/(π − 1)", curves)
+    return Theory(gradient_growth("weight_mean"), "mathematics §4.2, χ₁ = π/(π − 1)", curves)
 
 
 CHAOTIC_REGIME = Claim(
@@ -120,7 +120,9 @@ def _ntk_theory(measurement: Measurement) -> Theory:
     for label, projected in (("projected, J P Jᵀ", True), ("raw, J Jᵀ", False)):
         kernels = [propagate(gram, depth, "weight_mean", projected=projected).ntk for depth in depths]
         curves[label] = (np.array(depths, dtype=float), np.array([kernel[0, 1] for kernel in kernels]))
-    return Theory(float(curves["projected, J P Jᵀ"][1][-1]), "theory §2.2 and §6.2: Θ off the diagonal, D = 5", curves)
+    return Theory(
+        float(curves["projected, J P Jᵀ"][1][-1]), "mathematics §4.3 and §9.2: Θ off the diagonal, D = 5", curves
+    )
 
 
 def _by_depth(
@@ -141,7 +143,7 @@ WEIGHT_MEAN_NTK = Claim(
     subjects=partial(_by_depth, method=WEIGHT_MEAN, depths=(1, 3, 5)),
     statistic=lambda m: m.value(depth=5, statistic="off_diagonal"),
     statistic_name="NTK of a pair with input correlation 0.5, five activations deep",
-    prediction=Prediction.point(1.40151285448796, 0.3, "Θ₅ from the recursion with T̄ (theory §6.2)"),
+    prediction=Prediction.point(1.40151285448796, 0.3, "Θ₅ from the recursion with T̄ (mathematics §9.2)"),
     theory=_ntk_theory,
     expected=Outcome.SUPPORTED,
     explanation=(
@@ -170,7 +172,9 @@ def _whitening_theory(measurement: Measurement) -> Theory:
         for label, norm in (("weight mean", "weight_mean"), ("plain", "none"))
     }
     return Theory(
-        float(curves["weight mean"][1][-1]), f"theory §2.1: K off the diagonal at depth {WHITENING_DEPTH - 1}", curves
+        float(curves["weight mean"][1][-1]),
+        f"mathematics §4.2: K off the diagonal at depth {WHITENING_DEPTH - 1}",
+        curves,
     )
 
 
@@ -222,7 +226,7 @@ def _scatter_theory(measurement: Measurement) -> Theory:
     widths = np.geomspace(min(measurement.axes["width"]), max(measurement.axes["width"]), 50)
     constant = np.sqrt(1 + 1 / (1 - (CHI_1 / 2) ** 2))
     return Theory(
-        float(constant), "theory §2.3: √(1 + 1/(1 − T̄'(0)²))", {"√(3.164/n)": (widths, constant / np.sqrt(widths))}
+        float(constant), "mathematics §4.4: √(1 + 1/(1 − T̄'(0)²))", {"√(3.164/n)": (widths, constant / np.sqrt(widths))}
     )
 
 
@@ -243,7 +247,9 @@ CORRELATION_SCATTER = Claim(
     subjects=partial(_scatter_subjects, method=WEIGHT_MEAN),
     statistic=_scatter,
     statistic_name="standard deviation of the pair correlations times √width",
-    prediction=Prediction.point(1.77889, 0.15, "two standard deviations at width 300 are 0.2: √(3.164/n), theory §2.3"),
+    prediction=Prediction.point(
+        1.77889, 0.15, "two standard deviations at width 300 are 0.2: √(3.164/n), mathematics §4.4"
+    ),
     theory=_scatter_theory,
     expected=Outcome.SUPPORTED,
     explanation=(

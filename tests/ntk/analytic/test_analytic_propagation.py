@@ -310,8 +310,8 @@ def test_depths_nest(norm: str) -> None:
         shallow = propagate(gram, depth, norm, every_depth=False)
         np.testing.assert_array_equal(deep.nngp_by_depth[depth], shallow.nngp)
         np.testing.assert_array_equal(deep.ntk_by_depth[depth], shallow.ntk)
-        assert shallow.nngp_by_depth is None
-        assert shallow.ntk_by_depth is None
+        assert shallow.nngp_by_depth.shape == (1, 5, 5)
+        assert shallow.ntk_by_depth.shape == (1, 5, 5)
 
 
 def test_result_states_its_convention_and_is_frozen() -> None:
