@@ -29,9 +29,9 @@ DEPTHS = (1, 5, 10, 20)
 DRAWS = 4000
 
 
-def _by_depth(seed: int, width: int) -> Mapping[int, Subject]:
+def _by_depth(seed: int, width: int, *, depths: tuple[int, ...] = DEPTHS) -> Mapping[int, Subject]:
     x = correlated_inputs(M)
-    return {depth: chain(seed, width, depth, PLAIN_WITH_LAST_BATCH_NORM, x) for depth in DEPTHS}
+    return {depth: chain(seed, width, depth, PLAIN_WITH_LAST_BATCH_NORM, x) for depth in depths}
 
 
 def _sharpness_theory(measurement: Measurement) -> Theory:
@@ -76,7 +76,11 @@ LOWERS_SHARPNESS = Claim(
         "logits of a batch are almost equal, σ is far below 1, and the kernel grows by 1/σ²: at initialization the "
         "loss becomes sharper, not flatter (shallow networks, where σ is near 1, are the control)."
     ),
-    control=Control("depth 1 in place of 20", {"statistic": lambda m: m.value(depth=1)}, Outcome.SUPPORTED),
+    control=Control(
+        "depth 1 in place of 20",
+        {"subjects": partial(_by_depth, depths=(1,)), "statistic": lambda m: m.value(depth=1)},
+        Outcome.SUPPORTED,
+    ),
     picture=Curve(
         "depth",
         xlabel="depth (activations)",
@@ -84,7 +88,7 @@ LOWERS_SHARPNESS = Claim(
         reference=0.0,
         reference_label="unchanged",
     ),
-    sizes={"quick": Size(24, 256), "full": Size(60, 512)},
+    sizes={"quick": Size(16, 256), "full": Size(60, 512)},
     minimum_n=10,
 )
 
@@ -129,7 +133,7 @@ LARGE_RATES = Claim(
         ylabel="log10, final over initial",
         xscale="log",
     ),
-    sizes={"quick": Size(8, 256), "full": Size(16, 512)},
+    sizes={"quick": Size(6, 256), "full": Size(16, 512)},
     minimum_n=5,
 )
 

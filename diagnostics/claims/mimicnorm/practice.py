@@ -51,8 +51,8 @@ PROJECTION = Claim(
     minimum_n=3,
 )
 
-RATES = (0.01, 0.05, 0.2, 0.5, 1.0)
-LARGE = RATES[2:]
+RATES = (0.05, 0.2, 0.5, 1.0)
+LARGE = RATES[1:]
 METHODS: dict[str, mimicnorm.Method] = {
     "none": mimicnorm.NoNorm(),
     "weight mean only": mimicnorm.MimicNorm(last_batch_norm=False),
@@ -167,7 +167,7 @@ MEMORY_SAVING = Claim(
         Outcome.REFUTED,
     ),
     picture=Bars("network", label="MiB saved for backward per example"),
-    sizes={"quick": Size(1, 64), "full": Size(1, 64)},
+    sizes={"quick": Size(1, 32), "full": Size(1, 64)},
 )
 
 CLAIMS = (PROJECTION, LEARNING_RATE_RANGE, MEMORY_SAVING)

@@ -9,7 +9,15 @@ import numpy as np
 
 import mimicnorm
 from diagnostics.claims.claim import Claim, Control, Outcome, Prediction, Size, Theory
-from diagnostics.claims.mimicnorm.networks import CHI_1, PAPER, PLAIN, WEIGHT_MEAN, chain, correlated_inputs
+from diagnostics.claims.mimicnorm.networks import (
+    BATCH_NORM,
+    CHI_1,
+    PAPER,
+    PLAIN,
+    WEIGHT_MEAN,
+    chain,
+    correlated_inputs,
+)
 from diagnostics.measurement import Measurement
 from diagnostics.plots import Curve
 from diagnostics.probes import Correlation, GradientGrowth, KernelEntries, TransitionOperator
@@ -18,10 +26,17 @@ from diagnostics.subject import Subject
 WHITENING_DEPTH = 16
 
 
-def _one(
-    seed: int, width: int, *, method: mimicnorm.Method, depth: int, m: int, rho: float = 0.5
+JUDGED = "weight mean"
+SIDE_BY_SIDE: dict[str, mimicnorm.Method] = {JUDGED: WEIGHT_MEAN, "plain": PLAIN, "BatchNorm": BATCH_NORM}
+"""The judged network and, for the picture, those it is compared with."""
+SWITCHED_OFF: dict[str, mimicnorm.Method] = {JUDGED: PLAIN}
+
+
+def _networks(
+    seed: int, width: int, *, methods: Mapping[str, mimicnorm.Method], depth: int, m: int
 ) -> Mapping[str, Subject]:
-    return {"measured": chain(seed, width, depth, method, correlated_inputs(m, rho))}
+    x = correlated_inputs(m)
+    return {name: chain(seed, width, depth, method, x) for name, method in methods.items()}
 
 
 def _map_theory(measurement: Measurement) -> Theory:
@@ -29,8 +44,8 @@ def _map_theory(measurement: Measurement) -> Theory:
 
     rho = np.linspace(-1, 1, 201)
     curves = {
-        "weight mean, T̄(ρ)": (rho, correlation_map("weight_mean")(rho)),
-        "plain, T(ρ)": (rho, correlation_map("none")(rho)),
+        JUDGED: (rho, correlation_map("weight_mean")(rho)),
+        "plain": (rho, correlation_map("none")(rho)),
     }
     return Theory(float(correlation_map("weight_mean")(0.5)), "mathematics §4.2, T̄(0.5)", curves)
 
@@ -44,8 +59,8 @@ CORRELATION_MAP = Claim(
     scope="Layers fed by a ReLU, initialization of Theorem 3, wide layers; pairs of equal norm",
     probe=TransitionOperator(),
     axis="network",
-    subjects=partial(_one, method=WEIGHT_MEAN, depth=4, m=4),
-    statistic=lambda m: m.value(network="measured", rho=0.5, statistic="correlation"),
+    subjects=partial(_networks, methods=SIDE_BY_SIDE, depth=4, m=4),
+    statistic=lambda m: m.value(network=JUDGED, rho=0.5, statistic="correlation"),
     statistic_name="correlation behind one layer of a pair that enters with 0.5",
     prediction=Prediction.point(0.426422342012739, 0.02, "Theorem 3: T̄(0.5)"),
     theory=_map_theory,
@@ -57,12 +72,13 @@ CORRELATION_MAP = Claim(
     ),
     control=Control(
         "weight mean switched off",
-        {"subjects": partial(_one, method=PLAIN, depth=4, m=4)},
+        {"subjects": partial(_networks, methods=SWITCHED_OFF, depth=4, m=4)},
         Outcome.REFUTED,
     ),
     picture=Curve(
         "rho",
-        select={"network": "measured", "statistic": "correlation"},
+        "network",
+        {"statistic": "correlation"},
         xlabel="correlation in",
         ylabel="correlation out",
     ),
@@ -76,8 +92,8 @@ def _growth_theory(measurement: Measurement) -> Theory:
 
     layers = np.array([min(measurement.axes["layer"]), max(measurement.axes["layer"])], dtype=float)
     curves = {
-        "weight mean, π/(π − 1)": (layers, np.full(2, gradient_growth("weight_mean"))),
-        "plain, 1": (layers, np.full(2, gradient_growth("none"))),
+        JUDGED: (layers, np.full(2, gradient_growth("weight_mean"))),
+        "plain": (layers, np.full(2, gradient_growth("none"))),
     }
     return Theory(gradient_growth("weight_mean"), "mathematics §4.2, χ₁ = π/(π − 1)", curves)
 
@@ -91,8 +107,8 @@ CHAOTIC_REGIME = Claim(
     scope="Fully connected chains at the initialization of Theorem 3; interior layers",
     probe=GradientGrowth(),
     axis="network",
-    subjects=partial(_one, method=WEIGHT_MEAN, depth=12, m=8),
-    statistic=lambda m: float(m.estimate.mean()),
+    subjects=partial(_networks, methods=SIDE_BY_SIDE, depth=12, m=8),
+    statistic=lambda m: float(m.select(network=JUDGED).estimate.mean()),
     statistic_name="growth of the squared gradient per layer",
     prediction=Prediction.point(CHI_1, 0.04, "Theorem 3: χ₁ = 1/(1 − 1/π)"),
     theory=_growth_theory,
@@ -103,9 +119,11 @@ CHAOTIC_REGIME = Claim(
         "per layer, and the growth measured in real layers is that number."
     ),
     control=Control(
-        "weight mean switched off", {"subjects": partial(_one, method=PLAIN, depth=12, m=8)}, Outcome.REFUTED
+        "weight mean switched off",
+        {"subjects": partial(_networks, methods=SWITCHED_OFF, depth=12, m=8)},
+        Outcome.REFUTED,
     ),
-    picture=Curve("layer", select={"network": "measured"}, xlabel="layer", ylabel="growth of the squared gradient"),
+    picture=Curve("layer", "network", xlabel="layer", ylabel="growth of the squared gradient"),
     sizes={"quick": Size(10, 512), "full": Size(24, 1024)},
     minimum_n=5,
 )
@@ -169,10 +187,10 @@ def _whitening_theory(measurement: Measurement) -> Theory:
     depths = np.arange(WHITENING_DEPTH)
     curves = {
         label: (depths.astype(float), propagate(pair, WHITENING_DEPTH - 1, norm).nngp_by_depth[:, 0, 1])
-        for label, norm in (("weight mean", "weight_mean"), ("plain", "none"))
+        for label, norm in ((JUDGED, "weight_mean"), ("plain", "none"))
     }
     return Theory(
-        float(curves["weight mean"][1][-1]),
+        float(curves[JUDGED][1][-1]),
         f"mathematics §4.2: K off the diagonal at depth {WHITENING_DEPTH - 1}",
         curves,
     )
@@ -187,8 +205,8 @@ WHITENING = Claim(
     scope="Fully connected chains at initialization, examples with input correlation 0.5",
     probe=Correlation(),
     axis="network",
-    subjects=partial(_one, method=WEIGHT_MEAN, depth=WHITENING_DEPTH, m=16),
-    statistic=lambda m: m.value(network="measured", statistic="mean", depth=WHITENING_DEPTH - 1),
+    subjects=partial(_networks, methods=SIDE_BY_SIDE, depth=WHITENING_DEPTH, m=16),
+    statistic=lambda m: m.value(network=JUDGED, statistic="mean", depth=WHITENING_DEPTH - 1),
     statistic_name="mean correlation of pairs, 15 activations deep",
     prediction=Prediction(-0.2, 0.2, "Figure 2: deep correlations lie within ±0.2 of 0"),
     theory=_whitening_theory,
@@ -200,7 +218,7 @@ WHITENING = Claim(
     ),
     control=Control(
         "weight mean switched off",
-        {"subjects": partial(_one, method=PLAIN, depth=WHITENING_DEPTH, m=16)},
+        {"subjects": partial(_networks, methods=SWITCHED_OFF, depth=WHITENING_DEPTH, m=16)},
         Outcome.REFUTED,
     ),
     picture=Curve(
