@@ -51,6 +51,11 @@ class Finding:
             control is None or (self.control is not None and self.control.outcome is control.expected)
         )
 
+    def _repr_html_(self) -> str:
+        from diagnostics.report.html import finding_html
+
+        return finding_html(self)
+
 
 @dataclass(frozen=True, eq=False)
 class VerificationReport:

@@ -69,12 +69,17 @@ def verification_html(report: VerificationReport) -> str:
 
 def verdict_table_html(report: VerificationReport) -> str:
     """The verdicts of a run as a table, for a notebook."""
-    return _render("fragment.html.j2", report=report, verdict=None, summary=words.summary(report))
+    return _render("fragment.html.j2", report=report, section=None, verdict=None, summary=words.summary(report))
+
+
+def finding_html(finding: Finding) -> str:
+    """One claim with its picture and its verdict, for a notebook."""
+    return _render("fragment.html.j2", report=None, section=_section(finding), verdict=None, summary="")
 
 
 def verdict_html(verdict: Verdict) -> str:
     """One verdict, for a notebook."""
-    return _render("fragment.html.j2", report=None, verdict=verdict, summary="")
+    return _render("fragment.html.j2", report=None, section=None, verdict=verdict, summary="")
 
 
 def diagnosis_html(report: Report) -> str:

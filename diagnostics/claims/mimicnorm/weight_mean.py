@@ -223,7 +223,8 @@ WHITENING = Claim(
     ),
     picture=Curve(
         "depth",
-        select={"network": "measured", "statistic": "mean"},
+        "network",
+        {"statistic": "mean"},
         xlabel="depth (activations)",
         ylabel="mean correlation",
     ),
