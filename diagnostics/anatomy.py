@@ -15,6 +15,7 @@ from diagnostics.errors import UsageError
 
 LINEAR = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 ACTIVATIONS = (nn.ReLU, nn.LeakyReLU, nn.GELU, nn.SiLU, nn.Tanh, nn.ReLU6, nn.ELU)
+DROPOUT = nn.modules.dropout._DropoutNd
 BATCH_NORM = nn.modules.batchnorm._BatchNorm
 
 
@@ -79,23 +80,50 @@ def forward_record(network: nn.Module, x: Tensor, kinds: tuple[type[nn.Module], 
     return record
 
 
-def check_network(network: nn.Module, x: Tensor) -> None:
-    """Refuses a network or inputs that no probe can say anything about.
+def activation_record(network: nn.Module, x: Tensor) -> Record:
+    """What passes through the activations of a network, in a forward pass that leaves it as it was.
 
     Args:
         network: The network.
         x: Inputs [n, ...].
 
     Raises:
-        UsageError: If weights or inputs are not finite, or a batch of one meets BatchNorm in train mode.
+        UsageError: If the network or its inputs cannot be probed, or there is no activation module or no pair.
     """
-    for name, parameter in network.named_parameters():
-        if not torch.isfinite(parameter).all():
-            bad = int((~torch.isfinite(parameter)).sum())
+    check_network(network, x)
+    if len(x) < 2:
+        raise UsageError(f"x must hold at least 2 examples, for there to be a pair, got {len(x)}. Pass more examples")
+    record = forward_record(network, x, ACTIVATIONS)
+    if not record.names:
+        kinds = ", ".join(kind.__name__ for kind in ACTIVATIONS)
+        raise UsageError(f"model must have activation modules ({kinds}), got none. Use modules in place of functions")
+    return record
+
+
+def check_network(network: nn.Module, x: Tensor, *, dropout: bool = False) -> None:
+    """Refuses a network or inputs that no probe can say anything about.
+
+    Args:
+        network: The network.
+        x: Inputs [n, ...].
+        dropout: Whether dropout may be active, for probes that train or that only count bytes.
+
+    Raises:
+        UsageError: If weights, buffers or inputs are not finite, dropout is active, or BatchNorm gets a batch of one.
+    """
+    for name, tensor in (*network.named_parameters(), *network.named_buffers()):
+        if not torch.isfinite(tensor).all():
+            bad = int((~torch.isfinite(tensor)).sum())
             raise UsageError(
-                f"model must have finite weights; {name} has {bad} entries that are NaN or infinite. "
+                f"model must have finite weights and statistics; {name} has {bad} entries that are NaN or infinite. "
                 "Reload the weights, or lower the learning rate that produced them"
             )
+    active = next((n for n, m in network.named_modules() if isinstance(m, DROPOUT) and m.training and m.p > 0), None)
+    if active is not None and not dropout:
+        raise UsageError(
+            f"model must not have active dropout, whose masks the result would depend on; {active} is active. "
+            "Build the model with dropout 0, or put its dropout layers in eval mode"
+        )
     if not torch.isfinite(x).all():
         raise UsageError("x must be finite; it has NaN or infinite entries. Clean the data before probing")
     batch_norm = next((n for n, m in network.named_modules() if isinstance(m, BATCH_NORM) and m.training), None)

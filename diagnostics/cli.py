@@ -106,6 +106,7 @@ def verify(
     seeds: Annotated[
         int | None, typer.Option(min=1, help="Initializations per claim; each claim's own number when not given.")
     ] = None,
+    workers: Annotated[int, typer.Option(min=1, help="Processes to share the claims among.")] = 2,
 ) -> None:
     """Decides claims, shows the progress, and ends with the verdicts.
 
@@ -128,6 +129,7 @@ def verify(
                 seeds=None if seeds is None else range(seeds),
                 out=folder,
                 resume=resume,
+                workers=workers,
                 progress=lines.progress,
                 found=lines.found,
             )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -47,7 +48,7 @@ class Measurement:
         """
         axes = {name: tuple(np.asarray(coordinates).tolist()) for name, coordinates in self.axes.items()}
         shape = tuple(len(coordinates) for coordinates in axes.values())
-        object.__setattr__(self, "axes", axes)
+        object.__setattr__(self, "axes", MappingProxyType(axes))
         object.__setattr__(self, "estimate", _read_only(self.estimate))
         if self.estimate.shape != shape:
             raise ValueError(
@@ -140,8 +141,10 @@ def pool(measurements: Sequence[Measurement]) -> Measurement:
         measurements: One measurement per replication, with the same axes and n = 1 each.
 
     Raises:
-        ValueError: If the replications do not share their axes.
+        ValueError: If there are none, one is pooled already, or they do not share their axes.
     """
+    if not measurements or any(m.n != 1 for m in measurements):
+        raise ValueError(f"measurements must be one or more with n = 1 each, got n = {[m.n for m in measurements]}")
     stacked = stack(measurements, "replication", range(len(measurements)))
     n = len(measurements)
     return replace(

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 import mimicnorm
+import ntk
 
 
 def train(
@@ -43,11 +44,10 @@ def train(
     optimizer = torch.optim.SGD(network.parameters(), lr=lr, momentum=momentum, weight_decay=weight_decay)
     if method is not None:
         method.attach(network, optimizer)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(int(torch.randint(2**31, (), generator=generator)))
-        for _ in range(epochs):
-            order = torch.randperm(len(x), generator=generator)
-            network.train()
+    for _ in range(epochs):
+        order = torch.randperm(len(x), generator=generator)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(int(torch.randint(2**31, (), generator=generator)))
             for batch in order.split(batch_size):
                 if len(batch) < batch_size:
                     continue
@@ -57,20 +57,18 @@ def train(
                 optimizer.zero_grad()
                 loss.backward()
                 optimizer.step()
-            yield network
+        yield network
 
 
 def accuracy(network: nn.Module, x: Tensor, y: Tensor) -> float:
     """Share of examples classified correctly, in percent, in eval mode; a network that outputs NaN is right on none.
 
     Args:
-        network: The network; its train flag is restored.
+        network: The network; left as it was.
         x: Inputs [n, ...].
         y: Class indices [n].
     """
-    flag = network.training
-    with torch.no_grad():
+    with ntk.preserve_state(network), torch.no_grad():
         logits = network.eval()(x)
-    network.train(flag)
     right = (logits.argmax(dim=1) == y) & torch.isfinite(logits).all(dim=1)
     return 100 * right.double().mean().item()

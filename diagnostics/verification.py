@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+import torch
 
 from diagnostics.claims.claim import Claim, Outcome, Theory, Verdict
 from diagnostics.errors import UsageError
@@ -123,12 +126,19 @@ def examine(
 ) -> Finding:
     """Measures one claim and its negative control, and judges both.
 
+    PyTorch computes on one thread meanwhile, so that the sums, and with them the report, do not depend on the cores.
+
     Args:
         claim: The claim.
         profile: "quick" or "full": how many seeds, how wide.
         seeds: Seeds to use in place of the profile's.
         progress: Called after each replication.
+
+    Raises:
+        UsageError: If there are no seeds.
     """
+    if seeds is not None and not seeds:
+        raise UsageError("seeds must hold at least one seed, got none. Leave it out to take each claim's own number")
     started = time.monotonic()
     size = claim.sizes[profile]
     chosen = tuple(range(size.seeds)) if seeds is None else tuple(seeds)
@@ -145,6 +155,8 @@ def examine(
         replications = replicate(one, chosen, size.width, done)
         return pool(replications), jackknife(one.statistic, replications)
 
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
     try:
         measurement, estimate = measured(claim)
         theory = claim.theory(measurement)
@@ -152,7 +164,22 @@ def examine(
     except ImportError as missing:
         verdict = Verdict(Outcome.NOT_RUN, f"{missing}. Install it and run this claim again.", None, claim.prediction)
         return Finding(claim, None, None, verdict, None, time.monotonic() - started)
+    finally:
+        torch.set_num_threads(threads)
     return Finding(claim, measurement, theory, claim.judge(estimate), control, time.monotonic() - started)
+
+
+def _examined(
+    claims: Sequence[Claim], profile: str, seeds: Sequence[int] | None, workers: int, progress: Progress | None
+) -> Iterator[Finding]:
+    """The findings as they are made, by this process or by several."""
+    if min(workers, len(claims)) > 1:
+        from diagnostics.workers import examine_in_processes
+
+        return examine_in_processes(
+            claims, profile=profile, seeds=seeds, workers=min(workers, len(claims)), progress=progress
+        )
+    return (examine(claim, profile=profile, seeds=seeds, progress=progress) for claim in claims)
 
 
 def verify(
@@ -162,6 +189,7 @@ def verify(
     seeds: Sequence[int] | None = None,
     out: str | Path | None = None,
     resume: bool = False,
+    workers: int = 1,
     progress: Progress | None = None,
     found: Callable[[Finding], None] | None = None,
 ) -> VerificationReport:
@@ -169,21 +197,24 @@ def verify(
 
     Args:
         claims: Names or claims; None takes the whole catalogue.
-        profile: "quick" (two minutes on two cores) or "full".
+        profile: "quick" (a minute on two cores) or "full".
         seeds: Seeds of the initializations; None takes 0, 1, … up to each claim's own number.
         out: Folder to write index.html, report.json and the figures to; None writes nothing.
         resume: Take up the finished claims of an interrupted run in ``out``.
+        workers: Processes to share the claims among.
         progress: Called after each replication.
         found: Called with each finding, once it is kept.
 
     Raises:
-        UsageError: If a claim or the profile does not exist, or ``out`` cannot be used.
+        UsageError: If a claim or the profile does not exist, ``out`` cannot be used, or there is no worker.
     """
     from diagnostics.claims import CLAIMS
     from diagnostics.report.store import ReportFolder, now, versions
 
     if profile not in PROFILES:
         raise UsageError(unknown("profile", profile, PROFILES))
+    if workers < 1:
+        raise UsageError(f"workers must be 1 or more, got {workers}. Leave it out to take one")
     chosen = (
         list(CLAIMS.values())
         if claims is None
@@ -197,17 +228,17 @@ def verify(
     }
     folder: ReportFolder | None = None if out is None else ReportFolder.open(Path(out), run, resume=resume)
     started, clock = now(), time.monotonic()
-    findings = []
-    for claim in chosen:
-        finding = None if folder is None else folder.finished(claim)
-        if finding is None:
-            finding = examine(claim, profile=profile, seeds=fixed, progress=progress)
-            if folder is not None:
-                folder.keep(finding)
-        findings.append(finding)
+    kept = [] if folder is None else [finding for claim in chosen if (finding := folder.finished(claim)) is not None]
+    findings = {finding.claim.name: finding for finding in kept}
+    remaining = [claim for claim in chosen if claim.name not in findings]
+    for finding in itertools.chain(kept, _examined(remaining, profile, fixed, workers, progress)):
+        findings[finding.claim.name] = finding
+        if folder is not None and finding.claim in remaining:
+            folder.keep(finding)
         if found is not None:
             found(finding)
-    report = VerificationReport(tuple(findings), profile, fixed, versions(), started, time.monotonic() - clock)
+    ordered = tuple(findings[claim.name] for claim in chosen)
+    report = VerificationReport(ordered, profile, fixed, versions(), started, time.monotonic() - clock)
     if folder is not None:
         folder.write(report)
     return report

@@ -124,8 +124,8 @@ class GradientGrowth:
         with ntk.preserve_state(network), torch.enable_grad(), recording(network, LINEAR) as record:
             output = network(subject.x.clone().requires_grad_(subject.x.is_floating_point()))
             cotangent = torch.randn(output.shape, generator=subject.generator(2), dtype=output.dtype)
-            gradients = torch.autograd.grad(output, record.outputs, cotangent)
-        norms = [gradient.double().square().sum().item() for gradient in gradients]
+            gradients = torch.autograd.grad(output, record.outputs, cotangent, allow_unused=True)
+        norms = [gradient.double().square().sum().item() for gradient in gradients if gradient is not None]
         growth = [earlier / later for earlier, later in pairwise(norms)]
         if len(growth) <= 2 * self.skip:
             need = 2 * self.skip + 2

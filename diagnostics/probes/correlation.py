@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from diagnostics.anatomy import ACTIVATIONS, check_network, forward_record
+from diagnostics.anatomy import activation_record
 from diagnostics.measurement import Measurement
 from diagnostics.subject import Subject
 
@@ -58,8 +58,7 @@ class Correlation:
             UsageError: If the network or its inputs cannot be probed.
         """
         network = subject.network()
-        check_network(network, subject.x)
-        record = forward_record(network, subject.x, ACTIVATIONS)
+        record = activation_record(network, subject.x)
         rows = []
         for units in record.inputs if self.where == "pre" else record.outputs:
             pairs = off_diagonal(correlation_matrix(units))

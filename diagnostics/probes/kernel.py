@@ -86,12 +86,13 @@ class KernelEntries:
         values = np.asarray(self.kernel(subject).values, dtype=np.float64)
         m = len(values)
         diagonal = np.trace(values) / m
-        eigenvalues = np.linalg.eigvalsh((values + values.T) / 2)
+        spectrum = ntk.spectrum(values)
+        largest, smallest = float(spectrum.eigenvalues[0]), float(spectrum.eigenvalues[-1])
         statistics = {
             "diagonal": diagonal,
             "off_diagonal": (values.sum() - m * diagonal) / (m * (m - 1)),
-            "condition_number": eigenvalues[-1] / eigenvalues[0],
-            "largest": eigenvalues[-1],
+            "condition_number": largest / smallest if smallest > spectrum.error_estimate else np.inf,
+            "largest": largest,
         }
         return Measurement(
             probe=self.name,

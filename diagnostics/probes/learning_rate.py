@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -49,8 +50,14 @@ class LearningRateRange:
         """
         if subject.y is None:
             raise UsageError("y must be given to train, got None; pass class indices [n]")
-        check_network(subject.network(), subject.x)
+        check_network(subject.network(), subject.x, dropout=True)
         cut = int(self.train_fraction * len(subject.x))
+        if not self.batch_size <= cut < len(subject.x):
+            need = math.ceil(self.batch_size / self.train_fraction)
+            raise UsageError(
+                f"x must hold at least {need} examples to fill a training batch of {self.batch_size}, got "
+                f"{len(subject.x)}. Pass more examples, or a smaller batch_size"
+            )
         x, y, x_test, y_test = subject.x[:cut], subject.y[:cut], subject.x[cut:], subject.y[cut:]
         best = []
         for rate in self.rates:

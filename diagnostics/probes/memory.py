@@ -61,7 +61,7 @@ class ActivationMemory:
             UsageError: If the network or its inputs cannot be probed.
         """
         network = subject.network().train()
-        check_network(network, subject.x)
+        check_network(network, subject.x, dropout=True)
         return Measurement(
             probe=self.name,
             quantity="saved for the backward pass per example",

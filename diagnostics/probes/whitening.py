@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from diagnostics.anatomy import ACTIVATIONS, check_network, forward_record
+from diagnostics.anatomy import activation_record
 from diagnostics.measurement import Measurement
 from diagnostics.probes.correlation import correlation_matrix, off_diagonal
 from diagnostics.subject import Subject
@@ -34,8 +34,7 @@ class Whitening:
             UsageError: If the network or its inputs cannot be probed.
         """
         network = subject.network()
-        check_network(network, subject.x)
-        record = forward_record(network, subject.x, ACTIVATIONS)
+        record = activation_record(network, subject.x)
         rows = [
             [self._summary(inputs), self._summary(outputs)]
             for inputs, outputs in zip(record.inputs, record.outputs, strict=True)

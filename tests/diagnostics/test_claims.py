@@ -151,7 +151,7 @@ FIGURES = {
     "memory-saving": (20.0, math.inf),
 }
 
-DIGITS = {"correlation-scatter": 1e-5}
+DIGITS: dict[str, float] = {}
 """Relative error that the printed digits of a constant admit, where that is not 1e-6."""
 
 

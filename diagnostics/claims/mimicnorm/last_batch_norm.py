@@ -30,7 +30,7 @@ DRAWS = 4000
 
 
 def _by_depth(seed: int, width: int, *, depths: tuple[int, ...] = DEPTHS) -> Mapping[int, Subject]:
-    x = correlated_inputs(M)
+    x = correlated_inputs(M, dtype=torch.float64)
     return {depth: chain(seed, width, depth, PLAIN_WITH_LAST_BATCH_NORM, x) for depth in depths}
 
 
@@ -94,7 +94,7 @@ LOWERS_SHARPNESS = Claim(
 
 
 def _rate_subjects(seed: int, width: int, *, method: mimicnorm.Method) -> Mapping[str, Subject]:
-    return {"measured": chain(seed, width, 5, method, correlated_inputs(M))}
+    return {"measured": chain(seed, width, 5, method, correlated_inputs(M, dtype=torch.float64))}
 
 
 LARGE_RATES = Claim(

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import math
+from functools import lru_cache
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 import mimicnorm
 from diagnostics.data import constant_correlation, inputs_of_gram
@@ -23,10 +25,17 @@ MIMICNORM = mimicnorm.MimicNorm(linear=True, bias=False, eps=0.0)
 PLAIN_WITH_LAST_BATCH_NORM = mimicnorm.MimicNorm(linear=True, weight_mean=False, bias=False, eps=0.0)
 
 
+@lru_cache(maxsize=8)
+def _batch_norm_form(n0: int, width: int, depth: int, outputs: int) -> nn.Sequential:
+    """A chain whose own weights do not matter, because every method draws them anew from the subject's seed."""
+    generator = torch.Generator().manual_seed(0)
+    return mimicnorm.models.fcnn(n0, width, depth, outputs, affine=False, eps=0.0, generator=generator)
+
+
 def chain(
     seed: int, width: int, depth: int, method: mimicnorm.Method, x: Tensor, *, y: Tensor | None = None, outputs: int = 1
 ) -> Subject:
-    """A fully connected ReLU network under a method, in float64.
+    """A fully connected ReLU network under a method, in the precision of its inputs.
 
     Args:
         seed: Seed of its weights.
@@ -37,11 +46,16 @@ def chain(
         y: Labels [n].
         outputs: Output units.
     """
-    generator = torch.Generator().manual_seed(seed)
-    model = mimicnorm.models.fcnn(x.shape[1], width, depth, outputs, affine=False, eps=0.0, generator=generator)
-    return Subject(model.double(), x, y, method, seed, f"{method.name}, depth {depth}, width {width}")
+    model = copy.deepcopy(_batch_norm_form(x.shape[1], width, depth, outputs)).to(x.dtype)
+    return Subject(model, x, y, method, seed, f"{method.name}, depth {depth}, width {width}")
 
 
-def correlated_inputs(m: int, rho: float = 0.5) -> Tensor:
-    """Inputs [m, m] of which every pair has correlation ρ: data set A ("const-ρ") of the theory."""
-    return inputs_of_gram(constant_correlation(m, rho))
+def correlated_inputs(m: int, rho: float = 0.5, *, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Inputs [m, m] of which every pair has correlation ρ ("const-ρ").
+
+    Args:
+        m: Number of inputs.
+        rho: Correlation of every pair.
+        dtype: Data type, and so the network's; identities need float64, sampled quantities do not.
+    """
+    return inputs_of_gram(constant_correlation(m, rho)).to(dtype)

@@ -23,7 +23,7 @@ from diagnostics.plots import Curve
 from diagnostics.probes import Correlation, GradientGrowth, KernelEntries, TransitionOperator
 from diagnostics.subject import Subject
 
-WHITENING_DEPTH = 16
+WHITENING_DEPTH, WHITENING_BATCH = 16, 16
 
 
 JUDGED = "weight mean"
@@ -87,6 +87,9 @@ CORRELATION_MAP = Claim(
 )
 
 
+GROWTH_BATCH = 8
+
+
 def _growth_theory(measurement: Measurement) -> Theory:
     from ntk.analytic import gradient_growth
 
@@ -94,6 +97,7 @@ def _growth_theory(measurement: Measurement) -> Theory:
     curves = {
         JUDGED: (layers, np.full(2, gradient_growth("weight_mean"))),
         "plain": (layers, np.full(2, gradient_growth("none"))),
+        "BatchNorm": (layers, np.full(2, gradient_growth("batch_norm", GROWTH_BATCH))),
     }
     return Theory(gradient_growth("weight_mean"), "mathematics §4.2, χ₁ = π/(π − 1)", curves)
 
@@ -107,7 +111,7 @@ CHAOTIC_REGIME = Claim(
     scope="Fully connected chains at the initialization of Theorem 3; interior layers",
     probe=GradientGrowth(),
     axis="network",
-    subjects=partial(_networks, methods=SIDE_BY_SIDE, depth=12, m=8),
+    subjects=partial(_networks, methods=SIDE_BY_SIDE, depth=12, m=GROWTH_BATCH),
     statistic=lambda m: float(m.select(network=JUDGED).estimate.mean()),
     statistic_name="growth of the squared gradient per layer",
     prediction=Prediction.point(CHI_1, 0.04, "Theorem 3: χ₁ = 1/(1 − 1/π)"),
@@ -120,11 +124,11 @@ CHAOTIC_REGIME = Claim(
     ),
     control=Control(
         "weight mean switched off",
-        {"subjects": partial(_networks, methods=SWITCHED_OFF, depth=12, m=8)},
+        {"subjects": partial(_networks, methods=SWITCHED_OFF, depth=12, m=GROWTH_BATCH)},
         Outcome.REFUTED,
     ),
     picture=Curve("layer", "network", xlabel="layer", ylabel="growth of the squared gradient"),
-    sizes={"quick": Size(10, 512), "full": Size(24, 1024)},
+    sizes={"quick": Size(16, 384), "full": Size(24, 1024)},
     minimum_n=5,
 )
 
@@ -175,7 +179,7 @@ WEIGHT_MEAN_NTK = Claim(
     picture=Curve(
         "depth", select={"statistic": "off_diagonal"}, xlabel="depth (activations)", ylabel="NTK of a pair, Θ(x, x')"
     ),
-    sizes={"quick": Size(12, 512), "full": Size(12, 1024)},
+    sizes={"quick": Size(64, 256), "full": Size(24, 1024)},
     minimum_n=8,
 )
 
@@ -189,6 +193,7 @@ def _whitening_theory(measurement: Measurement) -> Theory:
         label: (depths.astype(float), propagate(pair, WHITENING_DEPTH - 1, norm).nngp_by_depth[:, 0, 1])
         for label, norm in ((JUDGED, "weight_mean"), ("plain", "none"))
     }
+    curves["BatchNorm"] = (depths.astype(float), np.full(len(depths), -1 / (WHITENING_BATCH - 1)))
     return Theory(
         float(curves[JUDGED][1][-1]),
         f"mathematics §4.2: K off the diagonal at depth {WHITENING_DEPTH - 1}",
@@ -205,7 +210,7 @@ WHITENING = Claim(
     scope="Fully connected chains at initialization, examples with input correlation 0.5",
     probe=Correlation(),
     axis="network",
-    subjects=partial(_networks, methods=SIDE_BY_SIDE, depth=WHITENING_DEPTH, m=16),
+    subjects=partial(_networks, methods=SIDE_BY_SIDE, depth=WHITENING_DEPTH, m=WHITENING_BATCH),
     statistic=lambda m: m.value(network=JUDGED, statistic="mean", depth=WHITENING_DEPTH - 1),
     statistic_name="mean correlation of pairs, 15 activations deep",
     prediction=Prediction(-0.2, 0.2, "Figure 2: deep correlations lie within ±0.2 of 0"),
@@ -218,7 +223,7 @@ WHITENING = Claim(
     ),
     control=Control(
         "weight mean switched off",
-        {"subjects": partial(_networks, methods=SWITCHED_OFF, depth=WHITENING_DEPTH, m=16)},
+        {"subjects": partial(_networks, methods=SWITCHED_OFF, depth=WHITENING_DEPTH, m=WHITENING_BATCH)},
         Outcome.REFUTED,
     ),
     picture=Curve(
@@ -267,7 +272,7 @@ CORRELATION_SCATTER = Claim(
     statistic=_scatter,
     statistic_name="standard deviation of the pair correlations times √width",
     prediction=Prediction.point(
-        1.77889, 0.15, "two standard deviations at width 300 are 0.2: √(3.164/n), mathematics §4.4"
+        1.7788782447106, 0.15, "two standard deviations at width 300 are 0.2: √(3.164/n), mathematics §4.4"
     ),
     theory=_scatter_theory,
     expected=Outcome.SUPPORTED,
