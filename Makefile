@@ -68,6 +68,7 @@ verify: $(STAMP)  ## Decide the catalogued claims on embedded data (quick profil
 TESTING := OMP_NUM_THREADS=1 XDG_CONFIG_HOME="$(CACHE)/config" XDG_CACHE_HOME="$(CACHE)"
 
 test: lint  ## Everything that must hold: lint, import contracts, all tests, all notebooks
+	@mkdir -p $(CACHE)
 	@selection=; found=; \
 	for browser in $(BROWSERS); do if command -v $$browser >/dev/null 2>&1; then found=$$browser; break; fi; done; \
 	if [ -z "$$found" ]; then \
@@ -101,6 +102,7 @@ format: $(STAMP)  ## Format the code and apply the safe fixes
 	$(BIN)/ruff format .
 
 notebooks: $(STAMP)  ## Execute every notebook and save it with its new outputs
+	@mkdir -p $(CACHE)
 	$(BIN)/python -m pytest --nbmake --overwrite notebooks/
 
 # --force-regen fails every test whose spectrum moved, so that a recording is never mistaken for a passing run; the second

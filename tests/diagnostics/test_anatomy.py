@@ -164,7 +164,7 @@ def test_weights_that_are_not_finite_are_named(value):
     with pytest.raises(UsageError) as error:
         check_network(network, inputs())
     message = str(error.value)
-    assert message.startswith("model must have finite weights; 2.weight has 3 entries that are NaN or infinite")
+    assert message.startswith("model must have finite weights and statistics; 2.weight has 3 entries that are NaN")
     assert "lower the learning rate" in message
 
 

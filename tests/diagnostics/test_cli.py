@@ -28,7 +28,7 @@ def place(tmp_path, monkeypatch):
 
 def run(*words: str) -> int:
     with pytest.raises(SystemExit) as leaving:
-        main(words)
+        main((*words, *(("--workers", "1") if words[0] == "verify" else ())))
     return leaving.value.code
 
 

@@ -190,17 +190,17 @@ def pooled(measure: Callable[[Subject], Measurement], subjects: Sequence[Subject
     return pool([measure(subject) for subject in subjects])
 
 
-SEEDS = range(12)
+SEEDS = range(16)
 RHO = (-1.0, -0.5, 0.0, 0.25, 0.5, 0.9, 1.0)
 
 
 @pytest.fixture(scope="module")
 def transitions() -> dict[str, Measurement]:
-    """The measured map of one layer of twelve plain and twelve weight-mean networks."""
+    """The measured map of one layer of sixteen plain and sixteen weight-mean networks."""
     x = correlated_inputs(4)
     return {
         method.name + str(getattr(method, "weight_mean", "")): pooled(
-            TransitionOperator(RHO, 96).measure, [chain(seed, 192, 4, method, x) for seed in SEEDS]
+            TransitionOperator(RHO, 96).measure, [chain(seed, 256, 4, method, x) for seed in SEEDS]
         )
         for method in (PLAIN, WEIGHT_MEAN)
     }

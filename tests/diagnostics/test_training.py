@@ -46,11 +46,12 @@ def run(net: nn.Module, x: torch.Tensor, y: torch.Tensor, **changes: Any) -> lis
 def by_hand(net: nn.Module, x: torch.Tensor, y: torch.Tensor, *, method: mimicnorm.Method | None = None) -> None:
     """SGD with momentum and weight decay written out, in the order of batches that the loop documents."""
     draws = generator(5)
-    torch.randint(2**31, (), generator=draws)
     parameters = list(net.parameters())
     velocity = [torch.zeros_like(p) for p in parameters]
     for _ in range(3):
-        for batch in torch.randperm(len(x), generator=draws).split(4):
+        order = torch.randperm(len(x), generator=draws)
+        torch.randint(2**31, (), generator=draws)  # The seed of the epoch's dropout masks.
+        for batch in order.split(4):
             loss = nn.functional.cross_entropy(net(x[batch]), y[batch])
             gradients = torch.autograd.grad(loss, parameters)
             with torch.no_grad():
@@ -151,14 +152,15 @@ def test_the_global_generators_are_as_before():
     assert global_state() == before
 
 
-def test_it_takes_up_train_mode_after_an_evaluation():
+def test_an_evaluation_between_epochs_leaves_the_modes_as_they_are():
     x, y = data()
-    modes: list[bool] = []
+    modes: list[tuple[bool, bool]] = []
     net = network()
-    net.register_forward_pre_hook(lambda module, args: modes.append(module.training))
+    frozen = next(m for m in net.modules() if isinstance(m, nn.BatchNorm1d)).eval()
+    net.register_forward_pre_hook(lambda module, args: modes.append((module.training, frozen.training)))
     for trained in train(net, x, y, **SETTINGS, generator=generator(5)):
-        accuracy(trained.eval(), x, y)
-    assert modes == [True, True, True, False] * 3
+        accuracy(trained, x, y)
+    assert modes == [*[(True, False)] * 3, (False, False)] * 3
 
 
 class Scores(nn.Module):

@@ -35,7 +35,7 @@ from ntk.analytic import gradient_growth, propagate
 SUPPORTED, REFUTED = Outcome.SUPPORTED, Outcome.REFUTED
 
 SIZES: dict[str, Size] = {
-    "correlation-map": Size(8, 192),
+    "correlation-map": Size(16, 192),
     "chaotic-regime": Size(16, 384),
     "weight-mean-ntk": Size(64, 256),
     "whitening": Size(5, 128),
@@ -43,7 +43,7 @@ SIZES: dict[str, Size] = {
     "batch-norm-growth": Size(8, 256),
     "batch-norm-nngp": Size(5, 128),
     "same-ntk": Size(12, 256),
-    "plain-ntk-singular": Size(12, 128),
+    "plain-ntk-singular": Size(32, 128),
     "perfect-conditioning": Size(10, 128),
     "last-batch-norm-sharpness": Size(16, 128),
     "large-learning-rates": Size(5, 64),

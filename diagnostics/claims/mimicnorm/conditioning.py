@@ -88,7 +88,7 @@ PLAIN_NTK_SINGULAR = Claim(
         Outcome.SUPPORTED,
     ),
     picture=_singular_picture,
-    sizes={"quick": Size(10, 512), "full": Size(20, 1024)},
+    sizes={"quick": Size(16, 512), "full": Size(24, 1024)},
     minimum_n=8,
 )
 

@@ -179,7 +179,7 @@ WEIGHT_MEAN_NTK = Claim(
     picture=Curve(
         "depth", select={"statistic": "off_diagonal"}, xlabel="depth (activations)", ylabel="NTK of a pair, Θ(x, x')"
     ),
-    sizes={"quick": Size(64, 256), "full": Size(24, 1024)},
+    sizes={"quick": Size(64, 256), "full": Size(64, 512)},
     minimum_n=8,
 )
 

@@ -1,0 +1,77 @@
+"""Claims shared among processes: the same report, and no process left behind."""
+
+import multiprocessing
+
+import pytest
+
+from diagnostics.claims import CLAIMS
+from diagnostics.errors import UsageError
+from diagnostics.report.codec import report_to_json
+from diagnostics.verification import verify
+from tests.diagnostics import synthetic_claims
+
+CHEAP = ("projection-equivalence", "batch-norm-nngp")
+SEEDS = (0, 1, 2, 3, 4)
+
+
+def untimed(document):
+    """A document without what depends on the clock."""
+    if isinstance(document, dict):
+        return {key: untimed(value) for key, value in document.items() if key != "timing"}
+    return [untimed(value) for value in document] if isinstance(document, list) else document
+
+
+@pytest.fixture(scope="module")
+def told_and_shared():
+    told = []
+    report = verify(CHEAP, seeds=SEEDS, workers=2, progress=lambda claim, k, n: told.append((claim.name, k, n)))
+    return told, report
+
+
+def test_report_of_two_processes_is_that_of_one(told_and_shared):
+    _, shared = told_and_shared
+    alone = verify(CHEAP, seeds=SEEDS)
+    assert untimed(report_to_json(shared)) == untimed(report_to_json(alone))
+    assert untimed(report_to_json(verify(CHEAP, seeds=(5, 6, 7, 8, 9)))) != untimed(report_to_json(alone))
+
+
+def test_findings_are_in_the_order_asked_for(told_and_shared):
+    _, shared = told_and_shared
+    assert tuple(finding.claim.name for finding in shared.findings) == CHEAP
+
+
+def test_every_replication_is_told(told_and_shared):
+    told, _ = told_and_shared
+    for name in CHEAP:
+        assert [k for claim, k, _ in told if claim == name] == list(range(1, 2 * len(SEEDS) + 1))
+
+
+def test_interrupt_stops_the_workers_and_keeps_what_is_finished(tmp_path):
+    def interrupt(finding):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        verify(CHEAP, seeds=SEEDS, out=tmp_path, workers=2, found=interrupt)
+    for process in multiprocessing.active_children():
+        process.join(timeout=30)
+    assert multiprocessing.active_children() == []
+    kept = {path.stem for path in (tmp_path / "claims").iterdir()}
+    assert len(kept) == 1
+    resumed = verify(CHEAP, seeds=SEEDS, out=tmp_path, resume=True)
+    assert [finding.claim.name for finding in resumed.findings] == list(CHEAP)
+
+
+def test_processes_know_claims_of_the_catalogue_only():
+    strange = [synthetic_claims.claim(), synthetic_claims.claim("other")]
+    with pytest.raises(UsageError, match=r"workers must be 1 for claims .* not in the catalogue, got 2 for \['halves'"):
+        verify(strange, workers=2)
+
+
+def test_no_worker_is_refused():
+    with pytest.raises(UsageError, match="workers must be 1 or more, got 0"):
+        verify(CHEAP, workers=0)
+
+
+def test_no_seed_is_refused():
+    with pytest.raises(UsageError, match="seeds must hold at least one seed, got none"):
+        verify([CLAIMS[CHEAP[0]]], seeds=())
