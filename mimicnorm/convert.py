@@ -1,6 +1,7 @@
 """A network in, the same network under another method out."""
 
 import copy
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -106,6 +107,21 @@ def project_weights(model: nn.Module) -> None:
         ValueError: If the network was not converted.
     """
     center_weights_(list(projected_weights(model).values()))
+
+
+def row_projections(model: nn.Module) -> dict[str, Callable[[Tensor], Tensor]]:
+    """The projections under which a converted network trains: those that its kernel must be taken with.
+
+    Args:
+        model: A converted network.
+
+    Returns:
+        Parameter name to a callable on tensors of shape [..., *parameter.shape]; empty where training moves freely.
+
+    Raises:
+        ValueError: If the network was not converted.
+    """
+    return state_of(model).method.row_projections(model)
 
 
 def _resolve(method: Method | str) -> Method:

@@ -36,8 +36,12 @@ def kernel_svg(matrix: np.ndarray) -> str:
     return _svg(figure)
 
 
+NEAR = 1e3
+"""A spectrum that stays this many times above its precision floor is drawn without it."""
+
+
 def spectrum_svg(eigenvalues: np.ndarray, floor: float) -> str:
-    """Eigenvalues against their rank, on a logarithmic axis, with the precision floor.
+    """Eigenvalues against their rank, on a logarithmic axis; the precision floor is drawn where they come near it.
 
     Args:
         eigenvalues: [k], descending.
@@ -47,6 +51,7 @@ def spectrum_svg(eigenvalues: np.ndarray, floor: float) -> str:
         An `<svg>` element.
     """
     from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
 
     figure = Figure(figsize=(4.0, 3.0), layout="constrained")
     axes = figure.subplots()
@@ -55,12 +60,14 @@ def spectrum_svg(eigenvalues: np.ndarray, floor: float) -> str:
     axes.plot(rank[positive], eigenvalues[positive], "o", markersize=3, label="eigenvalue")
     if (~positive).any() and floor > 0:
         axes.plot(rank[~positive], np.full((~positive).sum(), floor), "v", markersize=4, label="not positive")
-    if floor > 0:
+    if floor > 0 and eigenvalues.min() < NEAR * floor:
         axes.axhline(floor, color="0.5", linestyle="--", linewidth=1, label="precision floor")
     if positive.any():
         axes.set_yscale("log")
     axes.set(xlabel="rank", ylabel="eigenvalue")
-    axes.legend(frameon=False)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    if len(axes.get_lines()) > 1:
+        axes.legend(frameon=False)
     return _svg(figure)
 
 

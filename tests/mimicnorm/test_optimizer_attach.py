@@ -202,12 +202,23 @@ def test_parameter_groups_refuse_bad_rates(lr: float, weight_decay: float, name:
         lambda network: mimicnorm.attach(network, torch.optim.SGD(network.parameters(), lr=0.1)),
         lambda network: mimicnorm.param_groups(network, lr=0.1),
         mimicnorm.project_weights,
+        mimicnorm.row_projections,
         mimicnorm.MimicNorm().row_projections,
     ],
-    ids=["attach", "param_groups", "project_weights", "row_projections"],
+    ids=["attach", "param_groups", "project_weights", "row_projections", "its method"],
 )
 def test_unconverted_networks_are_refused(use: Callable[[nn.Module], object]) -> None:
     with pytest.raises(
         ValueError, match=r"model must come from mimicnorm\.convert; got an unconverted Sequential: call"
     ):
         use(mimicnorm.models.fcnn(3, 4, 1, 2))
+
+
+def test_row_projections_are_those_of_the_method_the_network_was_converted_to() -> None:
+    network = mimicnorm.models.fcnn(6, 8, 2, 3)
+    projections = mimicnorm.row_projections(mimicnorm.convert(network, mimicnorm.MimicNorm(linear=True)))
+    assert {name.split(".")[0] for name in projections} == {"linear2", "linear3"}
+    weight = torch.randn(8, 8, dtype=torch.float64)
+    centred = weight - weight.mean(dim=1, keepdim=True)
+    assert all(torch.allclose(project(weight), centred, atol=1e-15) for project in projections.values())
+    assert mimicnorm.row_projections(mimicnorm.convert(network, "none")) == {}
