@@ -14,7 +14,6 @@ from torch import Tensor, nn
 import mimicnorm
 from diagnostics.anatomy import check_network
 from diagnostics.data import load
-from diagnostics.errors import UsageError
 from diagnostics.measurement import Measurement
 from diagnostics.names import resolve
 from diagnostics.probes import PROBES, Probe
@@ -139,7 +138,7 @@ def _report(title: str, subjects: Sequence[Subject], probes: Iterable[str | Prob
         for subject in subjects:
             try:
                 measurement = probe.measure(subject)
-            except UsageError as reason:
+            except ValueError as reason:
                 if probes is not None:
                     raise
                 findings.append(f"{probe.name}, {subject.name}: not applicable, because {reason}.")

@@ -10,7 +10,10 @@ import numpy as np
 from diagnostics.measurement import Measurement, pool
 
 STANDARD_ERRORS = 4.0
-"""Half-width of every interval, in standard errors (two-sided normal level 6e-5, fixed before measuring)."""
+"""Half-width of every interval, in standard errors, fixed before measuring.
+
+Two-sided level by Student's t: 0.03 with 4 initializations, 0.005 with 8, 0.001 with 16; 6e-5 in the limit.
+"""
 
 
 @dataclass(frozen=True)

@@ -42,6 +42,11 @@ class Subject:
             return copy.deepcopy(self.model)
         return mimicnorm.convert(self.model, self.method, example_input=self.x, generator=self.generator())
 
+    def attach(self, network: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+        """Installs what the method does around an optimizer step; nothing when there is no method."""
+        if self.method is not None:
+            self.method.attach(network, optimizer)
+
     def projections(self, network: nn.Module) -> dict:
         """Parameter name to the projection under which the method trains it; empty where it trains freely."""
         return {} if self.method is None else self.method.row_projections(network)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -84,7 +85,8 @@ class VerificationReport:
     def exit_code(self) -> int:
         """0 when all is as catalogued, 1 when a verdict departs from it, 3 when something was not decided."""
         undecided = (Outcome.INCONCLUSIVE, Outcome.NOT_RUN)
-        if any(f.verdict.outcome in undecided for f in self.findings):
+        outcomes = [v.outcome for f in self.findings for v in (f.verdict, f.control) if v is not None]
+        if any(outcome in undecided for outcome in outcomes):
             return 3
         return 0 if all(f.as_catalogued for f in self.findings) else 1
 
@@ -135,10 +137,9 @@ def examine(
         progress: Called after each replication.
 
     Raises:
-        UsageError: If there are no seeds.
+        UsageError: If there are no seeds, or one twice.
     """
-    if seeds is not None and not seeds:
-        raise UsageError("seeds must hold at least one seed, got none. Leave it out to take each claim's own number")
+    _check_seeds(seeds)
     started = time.monotonic()
     size = claim.sizes[profile]
     chosen = tuple(range(size.seeds)) if seeds is None else tuple(seeds)
@@ -169,9 +170,21 @@ def examine(
     return Finding(claim, measurement, theory, claim.judge(estimate), control, time.monotonic() - started)
 
 
+def _check_seeds(seeds: Sequence[int] | None) -> None:
+    """Refuses no seeds, and a seed twice, whose replications would not be independent.
+
+    Raises:
+        UsageError: If there are none, or one stands twice.
+    """
+    if seeds is not None and not seeds:
+        raise UsageError("seeds must hold at least one seed, got none. Leave it out to take each claim's own number")
+    if seeds is not None and len(set(seeds)) < len(seeds):
+        raise UsageError(f"seeds must differ, for replications to be independent, got {list(seeds)}. Name each once")
+
+
 def _examined(
     claims: Sequence[Claim], profile: str, seeds: Sequence[int] | None, workers: int, progress: Progress | None
-) -> Iterator[Finding]:
+) -> Generator[Finding]:
     """The findings as they are made, by this process or by several."""
     if min(workers, len(claims)) > 1:
         from diagnostics.workers import examine_in_processes
@@ -197,7 +210,7 @@ def verify(
 
     Args:
         claims: Names or claims; None takes the whole catalogue.
-        profile: "quick" (a minute on two cores) or "full".
+        profile: "quick" or "full": how many seeds, how wide.
         seeds: Seeds of the initializations; None takes 0, 1, … up to each claim's own number.
         out: Folder to write index.html, report.json and the figures to; None writes nothing.
         resume: Take up the finished claims of an interrupted run in ``out``.
@@ -221,6 +234,7 @@ def verify(
         else [c if isinstance(c, Claim) else resolve("claim", c, CLAIMS) for c in claims]
     )
     fixed = None if seeds is None else tuple(seeds)
+    _check_seeds(fixed)
     run: dict[str, Any] = {
         "claims": [c.name for c in chosen],
         "profile": profile,
@@ -231,12 +245,13 @@ def verify(
     kept = [] if folder is None else [finding for claim in chosen if (finding := folder.finished(claim)) is not None]
     findings = {finding.claim.name: finding for finding in kept}
     remaining = [claim for claim in chosen if claim.name not in findings]
-    for finding in itertools.chain(kept, _examined(remaining, profile, fixed, workers, progress)):
-        findings[finding.claim.name] = finding
-        if folder is not None and finding.claim in remaining:
-            folder.keep(finding)
-        if found is not None:
-            found(finding)
+    with contextlib.closing(_examined(remaining, profile, fixed, workers, progress)) as examined:
+        for finding in itertools.chain(kept, examined):
+            findings[finding.claim.name] = finding
+            if folder is not None and finding.claim in remaining:
+                folder.keep(finding)
+            if found is not None:
+                found(finding)
     ordered = tuple(findings[claim.name] for claim in chosen)
     report = VerificationReport(ordered, profile, fixed, versions(), started, time.monotonic() - clock)
     if folder is not None:

@@ -5,8 +5,9 @@ from __future__ import annotations
 import multiprocessing
 import queue
 import signal
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
 from typing import TYPE_CHECKING, Any
 
 from diagnostics.claims.claim import Claim
@@ -29,7 +30,7 @@ def examine_in_processes(
     seeds: Sequence[int] | None,
     workers: int,
     progress: Progress | None = None,
-) -> Iterator[Finding]:
+) -> Generator[Finding]:
     """Yields the finding of each claim as it is finished; the numbers are those that one process would find.
 
     The last claims are begun first, since the costly ones stand at the end of the catalogue. When the caller stops, by
@@ -74,7 +75,13 @@ def examine_in_processes(
 def _finding(future: Future[dict[str, Any]], claim: Claim) -> Finding:
     from diagnostics.report.codec import finding_from_json
 
-    return finding_from_json(future.result(), claim)
+    try:
+        return finding_from_json(future.result(), claim)
+    except BrokenProcessPool:
+        raise UsageError(
+            f"workers: a process ended unexpectedly near {claim.name}, perhaps for want of memory. Finished claims are "
+            "kept; go on with --workers 1 --resume"
+        ) from None
 
 
 def _relay(news: Queue[tuple[str, int, int]], progress: Progress | None) -> None:

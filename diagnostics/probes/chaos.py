@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import ntk
-from diagnostics.anatomy import ACTIVATIONS, LINEAR, check_network, recording
+from diagnostics.anatomy import ACTIVATIONS, LINEAR, check_network, forward_record, recording
 from diagnostics.errors import UsageError
 from diagnostics.measurement import Measurement
 from diagnostics.subject import Subject
@@ -40,14 +40,19 @@ class TransitionOperator:
     def measure(self, subject: Subject) -> Measurement:
         """Measures one network; axes rho and statistic.
 
-        The statistics are the "correlation" that comes out and the "variance", relative to what went in.
+        The statistics are the "correlation" and the "variance" that come out, where variance 1 went in.
 
         Raises:
             UsageError: If the network has fewer than two activations or cannot be probed.
         """
         network = subject.network()
         check_network(network, subject.x)
-        activations = [m for m in network.modules() if isinstance(m, ACTIVATIONS)]
+        record = forward_record(network, subject.x, ACTIVATIONS)
+        if len(set(record.names)) < len(record.names):
+            raise UsageError(
+                "model must run each activation module once, for a transition to have ends; got one reused"
+            )
+        activations = [network.get_submodule(name) for name in record.names]
         if len(activations) < 2:
             raise UsageError(f"model must have at least 2 activation modules for a transition, got {len(activations)}")
         into, out_of = activations[len(activations) // 2 - 1 : len(activations) // 2 + 1]
@@ -126,6 +131,11 @@ class GradientGrowth:
             cotangent = torch.randn(output.shape, generator=subject.generator(2), dtype=output.dtype)
             gradients = torch.autograd.grad(output, record.outputs, cotangent, allow_unused=True)
         norms = [gradient.double().square().sum().item() for gradient in gradients if gradient is not None]
+        if 0.0 in norms:
+            raise UsageError(
+                f"model must pass gradients to every layer; layer {norms.index(0.0) + 1} gets exactly zero. Its "
+                "activations are dead: initialize it anew, or make it wider"
+            )
         growth = [earlier / later for earlier, later in pairwise(norms)]
         if len(growth) <= 2 * self.skip:
             need = 2 * self.skip + 2

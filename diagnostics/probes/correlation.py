@@ -62,7 +62,13 @@ class Correlation:
         rows = []
         for units in record.inputs if self.where == "pre" else record.outputs:
             pairs = off_diagonal(correlation_matrix(units))
-            rows.append([pairs.mean().item(), pairs.std().item(), pairs.square().mean().sqrt().item()])
+            rows.append(
+                [
+                    pairs.mean().item(),
+                    pairs.std(correction=min(1, len(pairs) - 1)).item(),
+                    pairs.square().mean().sqrt().item(),
+                ]
+            )
         return Measurement(
             probe=self.name,
             quantity=f"correlation between examples, {self.where}-activation",

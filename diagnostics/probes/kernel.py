@@ -40,7 +40,7 @@ def ntk_multipliers(network: nn.Module, projections: dict) -> dict[str, float]:
 
 @dataclass(frozen=True)
 class KernelEntries:
-    """Diagonal, off-diagonal and condition number of a network's kernel, and the eigenvalue of its constant mode.
+    """Diagonal, off-diagonal and condition number of a network's kernel, and its largest eigenvalue.
 
     Attributes:
         kind: "ntk" or "nngp" (of the network's output).
@@ -136,6 +136,17 @@ class KernelSpectrum:
         )
 
 
+def constant_mode_ratio(diagonal: float, off_diagonal: float, m: int) -> float:
+    """Eigenvalue of the constant mode over that of all others, of the kernel (p − o) I + o 1 1ᵀ.
+
+    Args:
+        diagonal: p.
+        off_diagonal: o.
+        m: Number of examples.
+    """
+    return (diagonal + (m - 1) * off_diagonal) / (diagonal - off_diagonal)
+
+
 def exchangeable_condition_number(diagonal: float, off_diagonal: float, m: int) -> float:
     """Condition number of (p − o) I + o 1 1ᵀ, the kernel to which averaging over exchangeable examples leads.
 
@@ -144,5 +155,5 @@ def exchangeable_condition_number(diagonal: float, off_diagonal: float, m: int) 
         off_diagonal: o.
         m: Number of examples.
     """
-    constant, bulk = diagonal + (m - 1) * off_diagonal, diagonal - off_diagonal
-    return max(constant, bulk) / min(constant, bulk)
+    ratio = constant_mode_ratio(diagonal, off_diagonal, m)
+    return max(ratio, 1 / ratio)

@@ -45,7 +45,7 @@ def without_last_batch_norm(network: nn.Module) -> nn.Module:
 
 @dataclass(frozen=True)
 class ScaleInvariance:
-    """Cosine between each weight and its gradient, which is zero where the loss ignores the weight's scale.
+    """Absolute cosine between each weight and its gradient, which is zero where the loss ignores the weight's scale.
 
     The loss is cross-entropy on the subject's labels, in train mode, after a few steps of SGD that bring biases and
     scalars away from their initial values.
@@ -74,6 +74,7 @@ class ScaleInvariance:
         network = subject.network().train()
         check_network(network, subject.x)
         optimizer = torch.optim.SGD(network.parameters(), lr=self.lr)
+        subject.attach(network, optimizer)
         for step in range(self.steps + 1):
             optimizer.zero_grad()
             torch.nn.functional.cross_entropy(network(subject.x), subject.y).backward()
@@ -83,7 +84,7 @@ class ScaleInvariance:
         cosines = [_cosine(weight.detach(), weight.grad) for weight in weights if weight.grad is not None]
         return Measurement(
             probe=self.name,
-            quantity="cosine between a weight and its gradient",
+            quantity="absolute cosine between a weight and its gradient",
             unit="1",
             estimate=np.array(cosines),
             axes={"layer": range(1, len(cosines) + 1)},
@@ -92,7 +93,7 @@ class ScaleInvariance:
 
 
 def _cosine(a: Tensor, b: Tensor) -> float:
-    return float((a * b).sum() / (a.norm() * b.norm()))
+    return float(((a * b).sum() / (a.norm() * b.norm())).abs())
 
 
 @dataclass(frozen=True)
@@ -116,10 +117,7 @@ class Sharpness:
         """
         network = subject.network().train()
         check_network(network, subject.x)
-        largest = [
-            ntk.spectrum(ntk.empirical_ntk(one, subject.x)).eigenvalues[0]
-            for one in (network, without_last_batch_norm(network))
-        ]
+        largest = [_largest_eigenvalue(subject, network, one) for one in (network, without_last_batch_norm(network))]
         return Measurement(
             probe=self.name,
             quantity="log10 of the largest NTK eigenvalue with the last BatchNorm over that without",
@@ -161,11 +159,11 @@ class RateStability:
         """
         network = subject.network().train()
         check_network(network, subject.x)
-        critical = 2 / ntk.spectrum(ntk.empirical_ntk(network, subject.x)).eigenvalues[0]
+        critical = 2 / _largest_eigenvalue(subject, network, network)
         target = torch.randn(len(subject.x), 1, generator=subject.generator(3), dtype=subject.x.dtype)
         target = (target - target.mean()) / target.std(correction=0)
         rows = [
-            self._descend(copy.deepcopy(network), subject.x, target, multiple * critical) for multiple in self.multiples
+            self._descend(subject, copy.deepcopy(network), target, multiple * critical) for multiple in self.multiples
         ]
         return Measurement(
             probe=self.name,
@@ -176,12 +174,13 @@ class RateStability:
             seeds=(subject.seed,),
         )
 
-    def _descend(self, network: nn.Module, x: Tensor, target: Tensor, lr: float) -> list[float]:
+    def _descend(self, subject: Subject, network: nn.Module, target: Tensor, lr: float) -> list[float]:
         optimizer = torch.optim.SGD(network.parameters(), lr=lr)
+        subject.attach(network, optimizer)
         start_loss, start_norm = math.nan, _norm(network)
         ratio = 0.0
         for step in range(self.steps + 1):
-            loss = (network(x) - target).square().sum() / 2
+            loss = (network(subject.x) - target).square().sum() / 2
             if step == 0:
                 start_loss = loss.item()
             ratio = loss.item() / start_loss
@@ -193,6 +192,12 @@ class RateStability:
                 loss.backward()
                 optimizer.step()
         return [max(math.log10(ratio), -16.0) if ratio > 0 else -16.0, math.log10(_norm(network) / start_norm)]
+
+
+def _largest_eigenvalue(subject: Subject, network: nn.Module, one: nn.Module) -> float:
+    """λ_max of the NTK in the subspace in which the method trains; ``one`` has the parameters of ``network``."""
+    kernel = ntk.empirical_ntk(one, subject.x, projection=subject.projections(network) or None)
+    return float(ntk.spectrum(kernel).eigenvalues[0])
 
 
 def _norm(network: nn.Module) -> float:

@@ -14,6 +14,7 @@ from diagnostics.claims.mimicnorm.networks import BATCH_NORM, CHI_1, PAPER, WEIG
 from diagnostics.measurement import Measurement
 from diagnostics.plots import Curve
 from diagnostics.probes import GradientGrowth, KernelEntries, Whitening
+from diagnostics.probes.kernel import constant_mode_ratio
 from diagnostics.subject import Subject
 
 BATCHES = (8, 16, 64)
@@ -129,28 +130,31 @@ NTK_DEPTHS = (1, 2, 4)
 
 
 def _ntk_subjects(seed: int, width: int, *, method: mimicnorm.Method) -> Mapping[int, Subject]:
-    return {depth: chain(seed, width, depth, method, correlated_inputs(NTK_BATCH)) for depth in NTK_DEPTHS}
+    return {depth: chain(seed, width, depth, method, correlated_inputs(NTK_BATCH, 0.0)) for depth in NTK_DEPTHS}
 
 
 def constant_mode(measurement: Measurement) -> float:
     """Eigenvalue of the constant mode over that of all others, at the last depth: 1 + B·o/(p − o)."""
     deep = measurement.select(depth=NTK_DEPTHS[-1])
     p, o = deep.value(statistic="diagonal"), deep.value(statistic="off_diagonal")
-    return (p + (NTK_BATCH - 1) * o) / (p - o)
+    return constant_mode_ratio(p, o, NTK_BATCH)
 
 
 def _ntk_theory(measurement: Measurement) -> Theory:
     from ntk.analytic import propagate
 
-    gram = 0.5 * np.eye(NTK_BATCH) + 0.5
+    gram = np.eye(NTK_BATCH)
     depths = range(1, NTK_DEPTHS[-1] + 1)
     curves = {}
     for label, norm in (("BatchNorm", "batch_norm"), ("weight mean", "weight_mean")):
         kernels = propagate(gram, NTK_DEPTHS[-1], norm).ntk_by_depth[1:]
         curves[label] = (np.array(depths, dtype=float), kernels[:, 0, 1] / kernels[:, 0, 0])
     deep = propagate(gram, NTK_DEPTHS[-1], "batch_norm").ntk
-    ratio = (deep[0, 0] + (NTK_BATCH - 1) * deep[0, 1]) / (deep[0, 0] - deep[0, 1])
-    return Theory(float(ratio), "mathematics §5.2: same-batch BatchNorm NTK, B = 16, D = 4", curves)
+    return Theory(
+        constant_mode_ratio(float(deep[0, 0]), float(deep[0, 1]), NTK_BATCH),
+        "mathematics §5.2: same-batch BatchNorm NTK, B = 16, D = 4",
+        curves,
+    )
 
 
 def _ntk_ratio(measurement: Measurement) -> Measurement:
@@ -168,22 +172,20 @@ SAME_NTK = Claim(
     statement="The NTK of a BatchNorm network has the same expression as that of a weight-mean network.",
     source=PAPER,
     locator="Theorems 2 and 3",
-    scope="Fully connected chains, one batch of 16 in train mode, input correlation 0.5, four activations deep",
+    scope="Fully connected chains, one batch of 16 uncorrelated examples in train mode, four activations deep",
     probe=KernelEntries(),
     axis="depth",
     subjects=partial(_ntk_subjects, method=BATCH_NORM),
     statistic=constant_mode,
     statistic_name="eigenvalue of the constant mode over that of all others",
-    prediction=Prediction.point(
-        3.1070276660772, 0.6, "the weight-mean recursion on the same inputs (mathematics §4.3)"
-    ),
+    prediction=Prediction.point(1.0, 0.2, "the weight-mean recursion leaves uncorrelated inputs so (mathematics §4.3)"),
     theory=_ntk_theory,
     expected=Outcome.REFUTED,
     explanation=(
-        "Entry by entry the two agree as B grows, but the terms through the batch statistics leave about −0.818/B off "
-        "the diagonal, and B entries of that size act together on the constant vector. With depth it becomes the "
-        "slowest mode of BatchNorm, 1/5.83 of the others at B = 16, while under weight mean it stays the fastest until "
-        "all are equal."
+        "On uncorrelated inputs the weight-mean kernel is a multiple of the identity at every depth. BatchNorm's "
+        "also runs through the batch's mean and variance, which leaves negative entries of the order of 1/B off "
+        "the diagonal, and B of them act together on the constant vector: it is slower than all other modes, and "
+        "more so with depth."
     ),
     control=Control(
         "weight mean in place of BatchNorm", {"subjects": partial(_ntk_subjects, method=WEIGHT_MEAN)}, Outcome.SUPPORTED

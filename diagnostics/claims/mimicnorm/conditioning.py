@@ -15,7 +15,7 @@ from diagnostics.claims.mimicnorm.networks import PAPER, PLAIN, WEIGHT_MEAN, cha
 from diagnostics.measurement import Measurement
 from diagnostics.plots import Curve, spectrum_plot
 from diagnostics.probes import KernelEntries, KernelSpectrum
-from diagnostics.probes.kernel import exchangeable_condition_number
+from diagnostics.probes.kernel import constant_mode_ratio, exchangeable_condition_number
 from diagnostics.subject import Subject
 
 if TYPE_CHECKING:
@@ -121,7 +121,7 @@ def _mean_kernel_ratio(measurement: Measurement) -> float:
     """Constant mode over the rest, of the kernel averaged before any eigenvalue is taken."""
     widest = measurement.select(width=measurement.axes["width"][-1])
     p, o = widest.value(statistic="diagonal"), widest.value(statistic="off_diagonal")
-    return (p + (M - 1) * o) / (p - o)
+    return constant_mode_ratio(p, o, M)
 
 
 PERFECT_CONDITIONING = Claim(
@@ -130,7 +130,7 @@ PERFECT_CONDITIONING = Claim(
     statement="In the chaotic regime the condition number of the NTK converges to 1 with depth in real networks.",
     source=PAPER,
     locator="Theorem 1 and the section on the chaotic regime",
-    scope="Fully connected weight-mean chains of depth 20 and trainable width, ten examples with correlation 0.5",
+    scope="Fully connected weight-mean chains of depth 20 and width in the hundreds, ten examples with correlation 0.5",
     probe=KernelSpectrum(KernelEntries()),
     axis="width",
     subjects=partial(_by_width, method=WEIGHT_MEAN),

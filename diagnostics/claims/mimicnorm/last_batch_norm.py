@@ -27,6 +27,8 @@ from diagnostics.subject import Subject
 M = 10
 DEPTHS = (1, 5, 10, 20)
 DRAWS = 4000
+WIDE = 10**6
+"""Width of the network in theory; the probe takes weights as stored, where the first layer's share vanishes with it."""
 
 
 def _by_depth(seed: int, width: int, *, depths: tuple[int, ...] = DEPTHS) -> Mapping[int, Subject]:
@@ -41,7 +43,8 @@ def _sharpness_theory(measurement: Measurement) -> Theory:
     generator = np.random.default_rng(0)
     mean = []
     for depth in DEPTHS:
-        kernels = propagate(0.5 * np.eye(M) + 0.5, depth, "none")
+        widths = (M, *[WIDE] * depth)
+        kernels = propagate(0.5 * np.eye(M) + 0.5, depth, "none", parametrization="standard", width=widths)
         factor = np.linalg.cholesky(kernels.nngp)
         f = generator.standard_normal((DRAWS, M)) @ factor.T
         f -= f.mean(axis=1, keepdims=True)
@@ -72,9 +75,10 @@ LOWERS_SHARPNESS = Claim(
     theory=_sharpness_theory,
     expected=Outcome.REFUTED,
     explanation=(
-        "The last BatchNorm divides by the logits' standard deviation σ over the batch. In a deep network the "
-        "logits of a batch are almost equal, σ is far below 1, and the kernel grows by 1/σ²: at initialization the "
-        "loss becomes sharper, not flatter (shallow networks, where σ is near 1, are the control)."
+        "The last BatchNorm divides by the logits' standard deviation σ over the batch, so the kernel grows by "
+        "1/σ², and in a deep network, whose logits are almost equal, σ is far below 1: at initialization the "
+        "loss becomes sharper, not flatter. At depth 1, the control, it also removes the constant mode, the "
+        "outlier of the kernel, which outweighs 1/σ²."
     ),
     control=Control(
         "depth 1 in place of 20",
@@ -116,9 +120,8 @@ LARGE_RATES = Claim(
     expected=Outcome.SUPPORTED,
     explanation=(
         "The mechanism is not a smaller gradient at the start: the loss ignores the scale of the weights, a "
-        "gradient step orthogonal to them makes their norm grow, and a larger norm means a smaller effective rate, "
-        "until the step is stable. The measured norms grow with the rate exactly where the plain descent would "
-        "have diverged."
+        "gradient step orthogonal to them makes their norm grow, and a larger norm means a smaller effective "
+        "rate, until the step is stable. The picture shows it: the norm grows with the rate while the loss still falls."
     ),
     control=Control(
         "last BatchNorm dropped",
@@ -160,8 +163,8 @@ SCALE_INVARIANCE = Claim(
     probe=ScaleInvariance(),
     axis="network",
     subjects=_residual,
-    statistic=lambda m: float(np.log10(np.abs(m.estimate).max())),
-    statistic_name="log10 of the largest |cosine| between a weight and its gradient",
+    statistic=lambda m: float(np.log10(m.estimate.max())),
+    statistic_name="log10 of the mean |cosine| of a weight and its gradient, in the layer where it is largest",
     prediction=Prediction.at_most(
         -10.0, "exact invariance makes each gradient orthogonal to its weight, up to rounding"
     ),
@@ -178,7 +181,7 @@ SCALE_INVARIANCE = Claim(
         Outcome.SUPPORTED,
     ),
     picture=lambda measurement, theory: Curve(
-        "layer", select={"network": "measured"}, xlabel="layer", ylabel="cosine of weight and gradient", reference=0.0
+        "layer", select={"network": "measured"}, xlabel="layer", ylabel="|cosine| of weight and gradient", reference=0.0
     )(measurement, theory),
     sizes={"quick": Size(5, 8), "full": Size(10, 16)},
     minimum_n=3,

@@ -271,8 +271,10 @@ CORRELATION_SCATTER = Claim(
     subjects=partial(_scatter_subjects, method=WEIGHT_MEAN),
     statistic=_scatter,
     statistic_name="standard deviation of the pair correlations times √width",
-    prediction=Prediction.point(
-        1.7788782447106, 0.15, "two standard deviations at width 300 are 0.2: √(3.164/n), mathematics §4.4"
+    prediction=Prediction(
+        0.075 * np.sqrt(300),
+        0.125 * np.sqrt(300),
+        "Supplement: two standard deviations are 0.2, to one digit, at width 300",
     ),
     theory=_scatter_theory,
     expected=Outcome.SUPPORTED,
