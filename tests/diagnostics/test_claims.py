@@ -145,6 +145,7 @@ PREDICTED: dict[str, Callable[[], float]] = {
 
 FIGURES = {
     "whitening": (-0.2, 0.2),
+    "correlation-scatter": (0.15 / 2 * math.sqrt(300), 0.25 / 2 * math.sqrt(300)),
     "batch-norm-nngp": (0.0, 0.0),
     "plain-ntk-singular": (0.0, math.inf),
     "last-batch-norm-sharpness": (-math.inf, 0.0),

@@ -416,7 +416,11 @@ def test_sharpness_is_that_of_the_kernel_seen_through_batch_norm(depth, outputs,
     method = mimicnorm.MimicNorm(linear=True, bias=False, eps=eps)
     subject = chain(1, 10, depth, method, normal(m, 5), outputs=outputs)
     plain = without_last_batch_norm(subject.network())
-    jacobian = torch.cat(list(by_hand_jacobian(plain, subject.x).values()), dim=1)
+    rows = by_hand_jacobian(plain, subject.x)
+    for name, weight in list(plain.named_parameters())[1:]:  # All but the first are trained with rows of mean zero.
+        by_row = rows[name].reshape(-1, *weight.shape)
+        rows[name] = (by_row - by_row.mean(dim=2, keepdim=True)).flatten(1)
+    jacobian = torch.cat(list(rows.values()), dim=1)
     kernel = jacobian @ jacobian.T
     seen_through = torch.zeros(m, outputs, m, outputs, dtype=F64)
     logits = plain(subject.x).detach()
@@ -616,3 +620,28 @@ def test_the_equivalence_is_about_projected_weights(changes):
         UsageError, match="subject must have labels and a method that projects weights; use method='mim"
     ):
         ProjectionEquivalence().measure(replace(digits_subject(WEIGHT_MEAN), **changes))
+
+
+@pytest.mark.parametrize(
+    "probe", [RateStability(multiples=(0.5,), steps=3), ScaleInvariance(steps=3)], ids=lambda probe: probe.name
+)
+def test_probes_that_train_keep_the_weight_mean(probe, monkeypatch):
+    networks = []
+    attach = Subject.attach
+
+    def watched(self, network, optimizer):
+        networks.append(network)
+        attach(self, network, optimizer)
+
+    subject = digits_subject(MIMICNORM)
+    monkeypatch.setattr(Subject, "attach", watched)
+    probe.measure(subject)
+    assert networks
+    for network in networks:
+        for weight in list(network.parameters())[1:]:
+            assert float(weight.detach().mean(dim=1).abs().max()) < 1e-15
+
+    networks.clear()
+    monkeypatch.setattr(Subject, "attach", lambda self, network, optimizer: networks.append(network))
+    probe.measure(subject)
+    assert max(float(w.detach().mean(dim=1).abs().max()) for n in networks for w in list(n.parameters())[1:]) > 1e-12

@@ -334,8 +334,3 @@ def test_diagnosis_shows_variants_side_by_side():
     assert len(identifiers) == len(set(identifiers))
     assert "Gradients & more explode." in elements.plain()
     assert "resnet18 &lt;on digits&gt;" in page
-
-
-def test_diagnosis_without_remarks_says_so():
-    page = diagnosis_html(Diagnosis("net", {"p": {"as given": Measurement("p", "growth", "1", np.array(1.0))}}))
-    assert "Nothing: every measurement lies where a network that trains well has it." in page

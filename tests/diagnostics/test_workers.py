@@ -72,6 +72,12 @@ def test_no_worker_is_refused():
         verify(CHEAP, workers=0)
 
 
+def test_a_seed_twice_is_refused_before_the_folder_is_taken(tmp_path):
+    with pytest.raises(UsageError, match=r"seeds must differ, for replications to be independent, got \[0, 0, 1\]"):
+        verify(CHEAP, seeds=(0, 0, 1), out=tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
 def test_no_seed_is_refused():
     with pytest.raises(UsageError, match="seeds must hold at least one seed, got none"):
         verify([CLAIMS[CHEAP[0]]], seeds=())
