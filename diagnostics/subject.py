@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass
 
 import torch
@@ -37,8 +38,6 @@ class Subject:
     def network(self) -> nn.Module:
         """The network under its method, freshly initialized from the seed: a new copy at every call."""
         if self.method is None:
-            import copy
-
             return copy.deepcopy(self.model)
         return mimicnorm.convert(self.model, self.method, example_input=self.x, generator=self.generator())
 

@@ -32,6 +32,10 @@ if TYPE_CHECKING:
     from diagnostics.claims.claim import Theory
 
 
+REFERENCE_LINE: dict[str, Any] = {"color": INK, "alpha": 0.6, "linewidth": 0.9, "linestyle": (0, (4, 3))}
+"""How a line of reference is drawn."""
+
+
 @dataclass(frozen=True)
 class Curve:
     """Points with intervals along a numeric axis, and the curves of theory over them.
@@ -70,14 +74,7 @@ class Curve:
             colours = _points(axes, x, rows)
             _curves(axes, {} if theory is None else theory.curves, rows, colours)
             if self.reference is not None:
-                axes.axhline(
-                    self.reference,
-                    color=INK,
-                    alpha=0.6,
-                    linewidth=0.9,
-                    linestyle=(0, (4, 3)),
-                    label=self.reference_label or None,
-                )
+                axes.axhline(self.reference, label=self.reference_label or None, **REFERENCE_LINE)
             if len(x) == 1:
                 axes.set_xlim(*_around(float(x[0])))
             axes.margins(0.04, 0.07)
@@ -130,14 +127,7 @@ class Bars:
                     y, x, linestyle="none", marker="|", markersize=13, markeredgewidth=1.6, color=INK, label=label
                 )
             if self.reference is not None:
-                axes.axvline(
-                    self.reference,
-                    color=INK,
-                    alpha=0.6,
-                    linewidth=0.9,
-                    linestyle=(0, (4, 3)),
-                    label=self.reference_label or None,
-                )
+                axes.axvline(self.reference, label=self.reference_label or None, **REFERENCE_LINE)
             axes.set_yticks(positions, names)
             axes.tick_params(axis="y", length=0)
             axes.set_ylim(len(names) - 0.45, -0.55)

@@ -180,9 +180,9 @@ SCALE_INVARIANCE = Claim(
         {"subjects": _bias_free_chain},
         Outcome.SUPPORTED,
     ),
-    picture=lambda measurement, theory: Curve(
+    picture=Curve(
         "layer", select={"network": "measured"}, xlabel="layer", ylabel="|cosine| of weight and gradient", reference=0.0
-    )(measurement, theory),
+    ),
     sizes={"quick": Size(5, 8), "full": Size(10, 16)},
     minimum_n=3,
 )
