@@ -132,7 +132,10 @@ class CorrelationMap:
 
 
 def correlation_map(
-    norm: str = "none", activation: str = "relu", sigma_w2: float | None = None, sigma_b2: float = 0.0
+    norm: str = "none",
+    activation: str | DualActivation = "relu",
+    sigma_w2: float | None = None,
+    sigma_b2: float = 0.0,
 ) -> CorrelationMap:
     """Return the correlation map of one infinitely wide layer.
 
@@ -143,7 +146,7 @@ def correlation_map(
 
     Args:
         norm: "none", "weight_mean" or "batch_norm".
-        activation: Name of the activation, see :func:`ntk.analytic.dual_activation`.
+        activation: Name of the activation, see :func:`ntk.analytic.dual_activation`; or a dual activation.
         sigma_w2: Weight variance (weights N(0, σw²/fan_in)); None for the one that keeps unit variance.
         sigma_b2: Bias variance.
 
@@ -163,13 +166,13 @@ def correlation_map(
             f"subtracts every bias; received {sigma_w2!r} and {sigma_b2!r}. Leave both out."
         )
     if sigma_w2 is None:
-        weight = stable_weight_variance(activation, norm, bias)
-        return CorrelationMap(norm, activation, weight, bias, 1.0, 1.0, dual)
+        weight = stable_weight_variance(dual, norm, bias)
+        return CorrelationMap(norm, dual.name, weight, bias, 1.0, 1.0, dual)
     weight = require_variance("sigma_w2", sigma_w2, positive=True)
     if dual.homogeneous and bias == 0:
         growth = weight * float(layer_moment(dual, norm, _ONE, _ONE, _ONE))
-        return CorrelationMap(norm, activation, weight, bias, 1.0, growth, dual)
-    return CorrelationMap(norm, activation, weight, bias, _preserved_variance(dual, norm, weight, bias), 1.0, dual)
+        return CorrelationMap(norm, dual.name, weight, bias, 1.0, growth, dual)
+    return CorrelationMap(norm, dual.name, weight, bias, _preserved_variance(dual, norm, weight, bias), 1.0, dual)
 
 
 def _preserved_variance(dual: DualActivation, norm: str, sigma_w2: float, sigma_b2: float) -> float:

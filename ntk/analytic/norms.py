@@ -71,14 +71,16 @@ def layer_moment(dual: DualActivation, norm: str, rho: Array, q1: Array, q2: Arr
     return dual.value(rho, q1, q2) if norm == "none" else dual.covariance(rho, q1, q2)
 
 
-def stable_weight_variance(activation: str = "relu", norm: str = "none", sigma_b2: float = 0.0) -> float:
+def stable_weight_variance(
+    activation: str | DualActivation = "relu", norm: str = "none", sigma_b2: float = 0.0
+) -> float:
     """Return the σw² that keeps unit variance: σw² S(1) + σb² = 1.
 
     For ReLU 2 ("none", He et al. 2015) and 2π/(π−1) = 2.93388441384852 ("weight_mean", MimicNorm Theorem 3);
     docs/mathematics.md §2.3 has the moments of the others.
 
     Args:
-        activation: Name of the activation.
+        activation: Name of the activation, or a dual activation such as ``leaky_relu(0.2)``.
         norm: "none", "weight_mean", or "batch_norm" for its population limit, equal to "weight_mean".
         sigma_b2: Variance of the biases, below one.
 
