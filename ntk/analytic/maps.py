@@ -6,15 +6,65 @@ from functools import cached_property
 
 import numpy as np
 from numpy.typing import ArrayLike
-from scipy.optimize import brentq
+from scipy.optimize import elementwise
 
 from ntk.analytic.activations import DualActivation, dual_activation
-from ntk.analytic.norms import layer_moment, require_norm, require_variance, stable_weight_variance
+from ntk.analytic.closed_forms import Forms
+from ntk.analytic.norms import layer_moment, require_free_norm, require_norm, require_variance, stable_weight_variance
 from ntk.analytic.precision import Array
+from ntk.analytic.variance import VarianceMap
 
-_MARGINAL = 1e-12  # a slope this near one is one: rounding of a closed form, with room for a quadrature
-_PROBE = 1e-4  # distance at which a marginal fixed point is tried
+MARGINAL = 1e-12
+"""A slope this near one is one: rounding of a closed form."""
+
+_ROUNDING = 64 * float(np.finfo(np.float64).eps)
 _ONE: Array = np.ones(())
+
+
+def depth_scale(slope: ArrayLike) -> Array:
+    """Return 1/|ln slope| in layers, of the shape of ``slope``; infinite where the slope is one, zero where it is 0."""
+    values = np.asarray(slope, dtype=np.float64)
+    with np.errstate(divide="ignore"):
+        rate = np.abs(np.log(values))
+        return np.where(np.abs(values - 1) <= MARGINAL, np.inf, 1 / rate)
+
+
+def settled_correlation(dual: DualActivation | Forms, norm: str, q: Array, sigma_w2: Array, sigma_b2: Array) -> Array:
+    """Return the stable fixed point of correlation maps, in [0, 1] (docs/mathematics.md §3.4).
+
+    It is 1 if and only if T'(1) ≤ 1. Otherwise it is the one root of T(c) = c left of the point where T' = 1, where the
+    convex T(c) − c is lowest; if that is within rounding of zero, so is the distance of the two from 1.
+
+    Args:
+        dual: The activation; not an affine one.
+        norm: "none", or a norm that centres.
+        q: Pre-activation variances at which the maps are taken [k].
+        sigma_w2: Weight variances [k].
+        sigma_b2: Bias variances [k].
+
+    Returns:
+        The correlations c* [k].
+    """
+
+    def gap(c: Array, q: Array, w: Array, b: Array, out: Array) -> Array:
+        return (w * layer_moment(dual, norm, c, q, q) + b) / out - c
+
+    def excess(c: Array, q: Array, w: Array, b: Array, out: Array) -> Array:
+        return w * dual.derivative(c, q, q) * q / out - 1
+
+    one = np.ones_like(q)
+    layer = (q, sigma_w2, sigma_b2, sigma_w2 * layer_moment(dual, norm, one, q, q) + sigma_b2)
+    unstable = excess(one, *layer) > MARGINAL
+    if not unstable.any():
+        return one
+    layer = tuple(item[unstable] for item in layer)
+    ends = np.zeros_like(layer[0]), np.ones_like(layer[0])
+    lowest = elementwise.find_root(excess, ends, args=layer).x
+    root = elementwise.find_root(gap, (ends[0], lowest), args=layer).x
+    settled = np.where(gap(lowest, *layer) < 0, root, lowest)
+    correlation = one.copy()
+    correlation[unstable] = np.where(gap(ends[0], *layer) == 0, 0.0, settled)
+    return correlation
 
 
 @dataclass(frozen=True)
@@ -85,50 +135,46 @@ class CorrelationMap:
     def fixed_points(self) -> tuple[FixedPoint, ...]:
         """Return all fixed points of the map in [−1, 1], in ascending order.
 
+        There are no others than 1, at most one in [0, 1), and −1 beside 0 where the map is odd: T is a power series
+        with coefficients that are not negative, hence convex on [0, 1] (docs/mathematics.md §3.4).
+
         Returns:
             The fixed points; c* = 1 is always among them.
 
         Raises:
             ValueError: If the map is the identity, for which every correlation is fixed.
         """
-        grid = np.linspace(-1.0, 1.0, 2001)
-        gap = np.asarray(self(grid) - grid)
-        tolerance = 64 * np.finfo(np.float64).eps
-        if np.all(np.abs(gap) <= tolerance):
+        ends = np.array([-1.0, 0.0, 0.5])
+        gap = np.abs(self(ends) - ends)
+        if np.all(gap <= _ROUNDING):
             raise ValueError(
                 f"fixed_points: requires a map other than the identity; with activation={self.activation!r}, "
                 f"sigma_w2={self.sigma_w2}, sigma_b2={self.sigma_b2} every correlation is fixed. Add a bias variance "
                 "or take a non-linear activation."
             )
-        roots = {float(grid[i]) for i in np.flatnonzero(np.abs(gap) <= tolerance)} | {1.0}
-        for i in np.flatnonzero(gap[:-1] * gap[1:] < 0):
-            ends = float(grid[i]), float(grid[i + 1])
-            if not roots.intersection(ends):
-                roots.add(float(brentq(lambda c: float(self(c)) - c, *ends, xtol=1e-15, rtol=1e-14)))
-        return tuple(self._fixed_point(root) for root in sorted(roots))
+        settled = settled_correlation(self._dual, self.norm, *self._layer)[0]
+        inner = [float(settled)] if settled < 1 else []
+        roots = [-1.0] * bool(gap[0] <= _ROUNDING) + inner + [1.0]
+        return tuple(self._fixed_point(root, stable=root == settled) for root in roots)
 
-    def _fixed_point(self, correlation: float) -> FixedPoint:
-        """Classify a root by its slope, or by trial where the slope is one."""
-        slope = float(self.derivative(correlation))
-        if abs(abs(slope) - 1) > _MARGINAL:
-            return FixedPoint(correlation, slope, abs(slope) < 1)
-        trials = [c for c in (correlation - _PROBE, correlation + _PROBE) if -1 <= c <= 1]
-        nearer = [abs(float(self(c)) - correlation) < abs(c - correlation) for c in trials]
-        return FixedPoint(correlation, slope, all(nearer))
+    @property
+    def _layer(self) -> tuple[Array, Array, Array]:
+        """The variance q* and the two variances of the layer, each [1]."""
+        return np.array([self.variance]), np.array([self.sigma_w2]), np.array([self.sigma_b2])
+
+    def _fixed_point(self, correlation: float, *, stable: bool) -> FixedPoint:
+        """Return a root with its slope."""
+        return FixedPoint(correlation, float(self.derivative(correlation)), stable)
 
     @property
     def correlation_depth(self) -> float:
         """ξ_c = −1/ln|T'(c*)| in layers, at the stable fixed point; infinite where the approach is a power law."""
-        slopes = [abs(point.slope) for point in self.fixed_points() if point.stable]
-        slope = max(slopes, default=1.0)
-        if slope == 0:
-            return 0.0
-        return math.inf if slope >= 1 - _MARGINAL else -1 / math.log(slope)
+        return float(depth_scale(next(point.slope for point in self.fixed_points() if point.stable)))
 
     @property
     def gradient_depth(self) -> float:
         """ξ_∇ = 1/|ln χ1| in layers; infinite at criticality."""
-        return math.inf if abs(self.chi_1 - 1) <= _MARGINAL else 1 / abs(math.log(self.chi_1))
+        return float(depth_scale(self.chi_1))
 
 
 def correlation_map(
@@ -151,7 +197,7 @@ def correlation_map(
         sigma_b2: Bias variance.
 
     Returns:
-        The map, taken at the variance that the layer preserves.
+        The map, taken at the variance that the layer preserves: the one to which unit variance is drawn.
 
     Raises:
         ValueError: If a name is unknown, a variance is out of range, the layer preserves no variance, or a variance is
@@ -160,11 +206,7 @@ def correlation_map(
     require_norm(norm)
     dual = dual_activation(activation)
     bias = require_variance("sigma_b2", sigma_b2, positive=False)
-    if norm == "batch_norm" and (sigma_w2 is not None or bias != 0):
-        raise ValueError(
-            f"sigma_w2, sigma_b2: must be None and 0 under norm='batch_norm', which divides every weight scale and "
-            f"subtracts every bias; received {sigma_w2!r} and {sigma_b2!r}. Leave both out."
-        )
+    require_free_norm(norm, sigma_w2, bias)
     if sigma_w2 is None:
         weight = stable_weight_variance(dual, norm, bias)
         return CorrelationMap(norm, dual.name, weight, bias, 1.0, 1.0, dual)
@@ -172,38 +214,13 @@ def correlation_map(
     if dual.homogeneous and bias == 0:
         growth = weight * float(layer_moment(dual, norm, _ONE, _ONE, _ONE))
         return CorrelationMap(norm, dual.name, weight, bias, 1.0, growth, dual)
-    return CorrelationMap(norm, dual.name, weight, bias, _preserved_variance(dual, norm, weight, bias), 1.0, dual)
-
-
-def _preserved_variance(dual: DualActivation, norm: str, sigma_w2: float, sigma_b2: float) -> float:
-    """Return the stable solution of q = σw² S(1, q, q) + σb².
-
-    Args:
-        dual: The activation.
-        norm: "none" or "weight_mean".
-        sigma_w2: Weight variance.
-        sigma_b2: Bias variance.
-
-    Returns:
-        The variance q*.
-
-    Raises:
-        ValueError: If the variance grows without bound or shrinks to zero.
-    """
-
-    def gain(q: float) -> float:
-        return sigma_w2 * float(layer_moment(dual, norm, _ONE, np.asarray(q), np.asarray(q))) + sigma_b2 - q
-
-    grid = np.geomspace(1e-6, 1e4, 201)
-    gains = np.array([gain(q) for q in grid])
-    falling = np.flatnonzero((gains[:-1] > 0) & (gains[1:] <= 0))
-    if falling.size == 0:
-        fate = "shrinks to zero" if gains[-1] < 0 else "grows without bound"
+    variance = VarianceMap(norm, dual.name, weight, bias, dual).fixed_point
+    if variance in (0, math.inf):
+        fate = "shrinks to zero" if variance == 0 else "grows without bound"
         raise ValueError(
-            f"sigma_w2, sigma_b2: must preserve some variance between 1e-6 and 1e4; with activation={dual.name!r}, "
-            f"norm={norm!r}, sigma_w2={sigma_w2}, sigma_b2={sigma_b2} the variance {fate} with depth (for ReLU σw²/2 "
-            "must be below 1 beside a bias). Take sigma_w2=None, or ntk.analytic.propagate, which needs no "
-            "fixed variance."
+            f"sigma_w2, sigma_b2: must preserve some variance between 1e-12 and 1e12; with activation={dual.name!r}, "
+            f"norm={norm!r}, sigma_w2={weight}, sigma_b2={bias} unit variance {fate} with depth (for ReLU σw²/2 must "
+            "be below 1 beside a bias). Take sigma_w2=None; or ntk.analytic.phase_diagram, which takes the limit; or "
+            "ntk.analytic.propagate, which needs no fixed variance."
         )
-    index = int(falling[-1])
-    return float(brentq(gain, grid[index], grid[index + 1], xtol=1e-15, rtol=1e-14))
+    return CorrelationMap(norm, dual.name, weight, bias, variance, 1.0, dual)

@@ -7,6 +7,7 @@ One layer: K' = σw² S(c, q, q') + σb² with S the second moment E[φφ] ("non
 import math
 
 from ntk.analytic.activations import DualActivation, dual_activation
+from ntk.analytic.closed_forms import Forms
 from ntk.analytic.messages import require_choice
 from ntk.analytic.precision import Array
 
@@ -55,11 +56,11 @@ def require_variance(parameter: str, value: float, *, positive: bool) -> float:
     return number
 
 
-def layer_moment(dual: DualActivation, norm: str, rho: Array, q1: Array, q2: Array) -> Array:
+def layer_moment(dual: DualActivation | Forms, norm: str, rho: Array, q1: Array, q2: Array) -> Array:
     """Return what a layer passes on per unit of weight variance.
 
     Args:
-        dual: The activation.
+        dual: The activation, or its unchecked forms.
         norm: "none", or anything else for the centred moment.
         rho: Correlations of the pre-activations.
         q1: Variances of the first.
@@ -69,6 +70,24 @@ def layer_moment(dual: DualActivation, norm: str, rho: Array, q1: Array, q2: Arr
         E[φφ] for "none", the covariance of φ and φ for "weight_mean" and the population limit of "batch_norm".
     """
     return dual.value(rho, q1, q2) if norm == "none" else dual.covariance(rho, q1, q2)
+
+
+def require_free_norm(norm: str, sigma_w2: object, sigma_b2: object) -> None:
+    """Refuse variances under batch norm, which cancels them.
+
+    Args:
+        norm: Name of a normalization.
+        sigma_w2: Weight variance, None if not given.
+        sigma_b2: Bias variance, zero if not given.
+
+    Raises:
+        ValueError: If a variance is given under batch norm.
+    """
+    if norm == "batch_norm" and (sigma_w2 is not None or sigma_b2 != 0):
+        raise ValueError(
+            f"sigma_w2, sigma_b2: must be None and 0 under norm='batch_norm', which divides every weight scale and "
+            f"subtracts every bias; received {sigma_w2!r} and {sigma_b2!r}. Leave both out."
+        )
 
 
 def stable_weight_variance(
