@@ -13,21 +13,26 @@ class ConventionError(ValueError):
 
 
 class UnknownNameError(ValueError):
-    """An option, parameter or layer of that name does not exist."""
+    """An option, parameter, layer or activation of that name does not exist."""
 
-    def __init__(self, parameter: str, value: object, admissible: Iterable[str]) -> None:
+    def __init__(
+        self, parameter: str, value: object, admissible: Iterable[str], next_step: str = "Choose one of them."
+    ) -> None:
         """Write the message, with the nearest names that do exist.
 
         Args:
             parameter: Name of the argument that carried the value.
             value: What came.
             admissible: What would have been accepted.
+            next_step: What to do instead, in a sentence.
         """
-        known = sorted(admissible)
-        near = get_close_matches(str(value), known, n=3, cutoff=0.5)
-        hint = f"did you mean {' or '.join(map(repr, near))}?" if near else "choose one of them."
+        known = list(admissible)
+        near = get_close_matches(str(value), known, n=2, cutoff=0.4)
+        hint = f" Nearest: {', '.join(map(repr, near))}." if near else ""
         shown = ", ".join(map(repr, known[:12])) + (f", and {len(known) - 12} more" if len(known) > 12 else "")
-        super().__init__(f"{parameter} has no {value!r}: admissible are {shown or 'none'}; {hint}")
+        super().__init__(
+            f"{parameter}: must be one of {shown or 'none'}; received {value!r}.{hint} {next_step}".rstrip()
+        )
 
 
 class NoParametersError(ValueError):
@@ -72,6 +77,38 @@ class AsymmetricKernelError(ValueError):
 
 class PartialSpectrumError(ValueError):
     """A figure needs all eigenvalues and only the largest were computed."""
+
+
+class GramError(ValueError):
+    """A Gram matrix is not the covariance of a set of distinct inputs: wrong shape, not symmetric, not semi-definite."""
+
+
+class BatchTooSmallError(ValueError):
+    """Three examples or fewer under batch statistics, where the second moment of the gradient diverges."""
+
+
+class CentredRankError(ValueError):
+    """A batch spans too few directions around its mean for its batch-norm kernel to be finite."""
+
+
+class BatchTilingError(ValueError):
+    """A kernel that depends on the whole batch was about to be computed in tiles."""
+
+
+class NotGaussianError(ValueError):
+    """An activation was asked for whose pre-activations are not Gaussian in the limit of infinite width."""
+
+
+class MaskError(ValueError):
+    """A mask came to a layer that has no meaning for one."""
+
+
+class NoCounterpartError(ValueError):
+    """Some layers of a network have no analytic counterpart."""
+
+
+class CoincidentPointsWarning(UserWarning):
+    """Two inputs are the same, or one a multiple of the other, so that kernels are singular."""
 
 
 class PrecisionFloorWarning(UserWarning):

@@ -14,6 +14,7 @@ from ntk.analytic.activations import dual_activation
 from ntk.analytic.maps import correlation_map
 from ntk.analytic.messages import require_choice, require_integer
 from ntk.analytic.norms import require_norm
+from ntk.errors import BatchTooSmallError
 
 SMALLEST_BATCH = 4
 """Smallest batch whose BatchNorm gradient has a finite second moment, the B − 3 of docs/mathematics.md §5.4."""
@@ -61,9 +62,9 @@ def require_batch_size(parameter: str, value: object) -> int:
         The batch size as an int.
 
     Raises:
-        ValueError: If it is not an integer above 3.
+        BatchTooSmallError: If it is not an integer above 3.
     """
-    return require_integer(parameter, value, SMALLEST_BATCH, _BATCH_REASON)
+    return require_integer(parameter, value, SMALLEST_BATCH, _BATCH_REASON, BatchTooSmallError)
 
 
 def batch_norm_fixed_point(batch_size: int | None = None) -> BatchNormFixedPoint:

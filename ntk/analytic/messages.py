@@ -1,7 +1,8 @@
-"""Error texts that several modules share: what is required, what came, the nearest names, the next step."""
+"""Requirements that several modules share."""
 
 from collections.abc import Collection
-from difflib import get_close_matches
+
+from ntk.errors import UnknownNameError
 
 
 def require_choice(parameter: str, value: object, admissible: Collection[str], next_step: str) -> str:
@@ -17,17 +18,16 @@ def require_choice(parameter: str, value: object, admissible: Collection[str], n
         The value, unchanged.
 
     Raises:
-        ValueError: If the value is not one of the admissible names; names the nearest ones.
+        UnknownNameError: If the value is not one of the admissible names; names the nearest ones.
     """
     if isinstance(value, str) and value in admissible:
         return value
-    listed = ", ".join(repr(name) for name in admissible)
-    nearest = get_close_matches(str(value), list(admissible), n=2, cutoff=0.4)
-    hint = f" Nearest: {', '.join(repr(name) for name in nearest)}." if nearest else ""
-    raise ValueError(f"{parameter}: must be one of {listed}; received {value!r}.{hint} {next_step}")
+    raise UnknownNameError(parameter, value, admissible, next_step)
 
 
-def require_integer(parameter: str, value: object, minimum: int, reason: str) -> int:
+def require_integer(
+    parameter: str, value: object, minimum: int, reason: str, error: type[ValueError] = ValueError
+) -> int:
     """Return ``value`` as an int if it is a whole number of at least ``minimum``.
 
     Args:
@@ -35,15 +35,16 @@ def require_integer(parameter: str, value: object, minimum: int, reason: str) ->
         value: What was received; a NumPy integer is accepted, a bool or a float is not.
         minimum: The smallest admissible value.
         reason: Why, and what to do next, in full sentences.
+        error: What to raise.
 
     Returns:
         The value as a Python int.
 
     Raises:
-        ValueError: If it is not an integer or too small.
+        ValueError: Or the ``error`` given, if it is not an integer or too small.
     """
     is_integer = hasattr(value, "__index__") and not isinstance(value, bool)
     number = int(value) if is_integer else minimum - 1  # type: ignore[call-overload]
     if number < minimum:
-        raise ValueError(f"{parameter}: must be an integer of at least {minimum}; received {value!r}. {reason}")
+        raise error(f"{parameter}: must be an integer of at least {minimum}; received {value!r}. {reason}")
     return number

@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import ArrayLike
 
-from ntk.analytic.activations import dual_activation
+from ntk.analytic.activations import DualActivation, dual_activation
 from ntk.analytic.messages import require_choice, require_integer
 from ntk.analytic.norms import stable_weight_variance
 from ntk.analytic.precision import Array, read_only
-from ntk.analytic.propagation import BatchNormLayer, GaussianLayer, propagate
+from ntk.analytic.propagation import BatchNormLayer, GaussianLayer, Parametrization, propagate
 from ntk.display import _svg, html_figure
 
 if TYPE_CHECKING:
@@ -158,7 +158,7 @@ def propagate_residual(
     gram: ArrayLike,
     blocks: int,
     norm: str = "none",
-    activation: str = "relu",
+    activation: str | DualActivation = "relu",
     *,
     branch_depth: int = 1,
     branch_scale: str | Callable[[int], float] = "inverse_sqrt",
@@ -177,7 +177,8 @@ def propagate_residual(
         gram: K_0 = Θ_0 [n, n], symmetric positive semi-definite.
         blocks: Number of blocks L, at least 1.
         norm: "none", "weight_mean" or "batch_norm"; under the last the rows are one batch in train mode.
-        activation: Name of the activation; "relu" under "batch_norm".
+        activation: Name of the activation, or the dual activation; under "batch_norm" one that is linear on both sides
+            of zero.
         branch_depth: Number k of layers in a branch, at least 1.
         branch_scale: α_l: "inverse_sqrt" for 1/√l (MimicNorm, arXiv 2010.09278), "inverse" for 1/l, "one" for 1 (what
             a BatchNorm network without scalars has), "mimicnorm" for the 1.2^k/l of that paper's code, or a function
@@ -197,24 +198,25 @@ def propagate_residual(
     """
     last = require_integer("blocks", blocks, 1, "Pass the number of residual additions.")
     depth = require_integer("branch_depth", branch_depth, 1, "Pass the number of (activation, linear) layers of F.")
-    scales = _scales(branch_scale, last, depth)
+    scales = branch_scales(branch_scale, last, depth)
     if sigma_w2 is None and branch_scale == "mimicnorm":
         sigma_w2 = CODE_VARIANCE
     # One layer of the plain network refuses what a branch cannot take.
     first = propagate(gram, 1, norm, activation, sigma_w2, projected=projected, statistics=statistics)
+    dual, linear = dual_activation(activation), Parametrization("ntk", None, False)
     layer: GaussianLayer | BatchNormLayer
     if norm == "batch_norm":
         weight = 2.0 if sigma_w2 is None else first.sigma_w2
-        layer = BatchNormLayer(len(first.nngp), statistics, weight)
+        layer = BatchNormLayer(dual.negative_slope or 0.0, len(first.nngp), statistics, weight, linear)
     else:
-        weight = stable_weight_variance(activation, norm) if sigma_w2 is None else first.sigma_w2
-        layer = GaussianLayer(dual_activation(activation), norm, weight, 0.0, projected, None, False)
+        weight = stable_weight_variance(dual, norm) if sigma_w2 is None else first.sigma_w2
+        layer = GaussianLayer(dual, norm, weight, 0.0, linear, projected)
     nngp, ntk = _run(layer, first.nngp_by_depth[0], scales, depth, every_block=every_block)
     return ResidualKernels(
         nngp=nngp[-1],
         ntk=ntk[-1],
         norm=norm,
-        activation=activation,
+        activation=dual.name,
         branch_depth=depth,
         branch_scale=branch_scale if isinstance(branch_scale, str) else "callable",
         sigma_w2=weight,
@@ -254,8 +256,16 @@ def _run(
     return kept[0], kept[1]
 
 
-def _scales(branch_scale: str | Callable[[int], float], blocks: int, depth: int) -> Array:
+def branch_scales(branch_scale: str | Callable[[int], float], blocks: int, branch_depth: int) -> Array:
     """Return α_l of blocks 1 … L [L].
+
+    Args:
+        branch_scale: One of :data:`BRANCH_SCALES`, or a function of the block's number.
+        blocks: Number of blocks L.
+        branch_depth: Number of layers in a branch.
+
+    Returns:
+        The scales [L].
 
     Raises:
         ValueError: If the name is unknown, or a function returns what is not finite.
@@ -275,7 +285,7 @@ def _scales(branch_scale: str | Callable[[int], float], blocks: int, depth: int)
         "inverse_sqrt": lambda: 1 / np.sqrt(numbers),
         "inverse": lambda: 1 / numbers,
         "one": lambda: np.ones(blocks),
-        "mimicnorm": lambda: CODE_BASE**depth / numbers,
+        "mimicnorm": lambda: CODE_BASE**branch_depth / numbers,
     }
     return rules[require_choice("branch_scale", branch_scale, BRANCH_SCALES, step)]()
 

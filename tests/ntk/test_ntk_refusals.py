@@ -93,13 +93,22 @@ def test_random_and_self_mutating_models(net: nn.Module, x: torch.Tensor, layer:
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        ({"reduce": "trase"}, ("reduce", "'trase'", "'none', 'sum', 'trace'", "'trace'?")),
-        ({"reduce": "xyz"}, ("reduce", "choose one")),
-        ({"implementation": "jacobian"}, ("implementation", "'jacobian'", "'jacobian_contraction'?")),
-        ({"params": ["2.wieght"]}, ("params", "'2.wieght'", "'2.weight'", "?")),
-        ({"params": {"0.bia": 1.0}}, ("params", "'0.bias'", "?")),
-        ({"projection": {"0.weigth": ntk.center_rows}}, ("projection", "'0.weight'", "?")),
-        ({"projection": {"0.weight": ntk.center_rows}, "params": ["2.weight"]}, ("projection", "'2.weight'")),
+        ({"reduce": "trase"}, ("reduce", "'none', 'trace', 'sum'", "received 'trase'", "Nearest: 'trace'")),
+        ({"reduce": "xyz"}, ("reduce", "received 'xyz'", "Choose one")),
+        (
+            {"implementation": "jacobian"},
+            ("implementation", "received 'jacobian'", "Nearest: 'jacobian_contraction'"),
+        ),
+        ({"params": ["2.wieght"]}, ("params", "received '2.wieght'", "Nearest: '2.weight'")),
+        ({"params": {"0.bia": 1.0}}, ("params", "received '0.bia'", "Nearest: '0.bias'")),
+        (
+            {"projection": {"0.weigth": ntk.center_rows}},
+            ("projection", "received '0.weigth'", "Nearest: '0.weight'"),
+        ),
+        (
+            {"projection": {"0.weight": ntk.center_rows}, "params": ["2.weight"]},
+            ("projection", "must be one of '2.weight'", "received '0.weight'"),
+        ),
     ],
 )
 def test_unknown_names(net: nn.Module, x: torch.Tensor, arguments: dict, words: tuple[str, ...]) -> None:
@@ -108,7 +117,7 @@ def test_unknown_names(net: nn.Module, x: torch.Tensor, arguments: dict, words: 
 
 
 def test_unknown_layer(net: nn.Module, x: torch.Tensor) -> None:
-    with refused(errors.UnknownNameError, "layer", "'3'", "'0', '1', '2'"):
+    with refused(errors.UnknownNameError, "layer", "'0', '1', '2'", "received '3'"):
         ntk.empirical_nngp(net, x, layer="3")
 
 

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from ntk.analytic import propagate
+from ntk.errors import BatchTooSmallError, CentredRankError, GramError, UnknownNameError
 from tests.ntk.analytic.cases import autoregressive, circle, constant_half, random_covariance
 
 INDEFINITE = np.eye(4) - 0.5
@@ -28,7 +29,7 @@ NAN = np.where(np.eye(4) > 0, np.nan, 0.5)
     ],
 )
 def test_gram(gram: np.ndarray, message: str) -> None:
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(GramError, match=message):
         propagate(gram, 1)
 
 
@@ -50,21 +51,23 @@ def test_integers_of_numpy_are_depths() -> None:
         ({"parametrization": "mup"}, "parametrization: must be one of 'ntk', 'standard'; received 'mup'"),
         ({"sigma_w2": -1.0}, "sigma_w2: must be a finite, positive variance; received -1.0"),
         ({"sigma_b2": np.inf}, "sigma_b2: must be a finite, non-negative variance; received inf"),
-        ({"n_statistics": 5}, "n_statistics, statistics: require norm='batch_norm'.*Leave them out"),
-        ({"statistics": "constant"}, "n_statistics, statistics: require norm='batch_norm'"),
-        ({"projected": False}, "projected: must be True unless norm='weight_mean'.*Leave it out"),
-        ({"width": 64}, "width, bias_trained: require parametrization='standard'"),
-        ({"bias_trained": True}, "width, bias_trained: require parametrization='standard'"),
+        ({"n_statistics": 5}, "n_statistics: require norm='batch_norm'.*received norm='none'. Leave them out"),
+        ({"statistics": "constant", "affine": True}, "statistics, affine: require norm='batch_norm'"),
+        ({"population": True, "norm": "weight_mean"}, "population: require norm='batch_norm'.*norm='weight_mean'"),
+        ({"projected": False}, "projected: require norm='weight_mean'.*Leave them out"),
+        ({"mean_correction": True, "norm": "batch_norm"}, "mean_correction: require norm='weight_mean'"),
+        ({"mean_correction": True, "norm": "weight_mean"}, "width: required here; received None.*1 − 1/fan-in"),
+        (
+            {"width": 64},
+            "width: requires parametrization='standard' or mean_correction=True.*received 64. Leave it out",
+        ),
+        ({"bias_trained": True}, "bias_trained: requires parametrization='standard'"),
         (
             {"parametrization": "standard"},
-            "width: required by parametrization='standard'; received None.*Pass one int, or 2",
+            "width: required here; received None.*its fan-in.*Pass one int, or 2",
         ),
         ({"parametrization": "standard", "width": (8, 8, 8)}, "width: must hold depth \\+ 1 = 2 fan-ins; received 3"),
         ({"parametrization": "standard", "width": (8, 0)}, "width: must be an integer of at least 1; received 0"),
-        (
-            {"parametrization": "standard", "width": 8, "norm": "weight_mean"},
-            "parametrization: 'standard' requires norm='none'.*received norm='weight_mean'. Take parametrization='ntk'",
-        ),
     ],
 )
 def test_options(options: dict[str, Any], message: str) -> None:
@@ -79,7 +82,10 @@ def test_options(options: dict[str, Any], message: str) -> None:
             {"statistics": "running"},
             "statistics: must be one of 'differentiated', 'mean_differentiated', 'constant'; received",
         ),
-        ({"activation": "gelu"}, "activation: must be 'relu' under norm='batch_norm'.*received 'gelu'.*measure"),
+        (
+            {"activation": "gelu"},
+            "activation: must be 'relu', 'leaky_relu', .* under norm='batch_norm'.*received 'gelu'.*measure",
+        ),
         ({"sigma_b2": 0.1}, "sigma_b2: must be 0 under norm='batch_norm'.*received 0.1. Leave it out"),
         (
             {"n_statistics": 11},
@@ -99,7 +105,7 @@ def test_batch_of_three_or_less(batch_size: int) -> None:
     message = (
         r"gram \(number of rows\): must be an integer of at least 4; received \d.*for B <= 3 .*1\.788189977.*batch of 4"
     )
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(BatchTooSmallError, match=message):
         propagate(autoregressive(batch_size), 1, "batch_norm")
 
 
@@ -107,22 +113,22 @@ def test_points_on_a_circle() -> None:
     message = (
         "gram: must have a centred rank of at least 3 .* found 2 over 10 rows.*points on a circle.*norm='weight_mean'"
     )
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(CentredRankError, match=message):
         propagate(circle(), 1, "batch_norm")
     shifted = circle() + 3.0  # a common offset adds a direction that the batch mean removes
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(CentredRankError, match=message):
         propagate(shifted, 1, "batch_norm")
 
 
 def test_points_on_a_circle_in_single_precision() -> None:
-    with pytest.raises(ValueError, match="found 2 over 10 rows"):
+    with pytest.raises(CentredRankError, match="found 2 over 10 rows"):
         propagate(circle().astype(np.float32), 1, "batch_norm")
 
 
 def test_test_points_need_rank_five() -> None:
     gram = random_covariance(7, 3)
     message = r"gram: must have a centred rank of at least 5 .* found 4 over 5 rows.*test points.*statistics='constant'"
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(CentredRankError, match=message):
         propagate(gram, 1, "batch_norm", n_statistics=5)
     assert np.all(np.isfinite(propagate(gram, 1, "batch_norm", n_statistics=5, statistics="constant").ntk))
     assert np.all(np.isfinite(propagate(gram, 1, "batch_norm", n_statistics=6).ntk))
@@ -133,3 +139,8 @@ def test_overflow_is_named() -> None:
         ValueError, match=r"depth: must keep the kernels within float64; at depth \d+ of 3000 .*1\.46694"
     ):
         propagate(constant_half(2), 3000, "weight_mean")
+
+
+def test_unknown_activation_has_a_name() -> None:
+    with pytest.raises(UnknownNameError, match="activation: must be one of 'relu'.*received 'rleu'. Nearest: 'relu'"):
+        propagate(constant_half(), 1, activation="rleu")

@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 
 from ntk.analytic import AnalyticKernels, dual_activation, propagate
+from ntk.errors import CoincidentPointsWarning, PrecisionFloorWarning
 from tests.ntk.analytic.cases import (
     EPS,
     Array,
@@ -328,7 +329,24 @@ def test_result_states_its_convention_and_is_frozen() -> None:
         kernels.depth = 3
 
 
-def test_single_precision_gram_is_accepted() -> None:
+def test_single_precision_gram_beyond_its_precision() -> None:
     inputs = np.random.default_rng(9).standard_normal((20, 8)).astype(np.float32)
-    kernels = propagate(inputs @ inputs.T / 8, 2)  # rank 8 of 20: eigenvalues down to −1e−7
-    assert np.all(np.isfinite(kernels.ntk))
+    gram = inputs @ inputs.T / 8  # rank 8 of 20: eigenvalues down to −1e−7
+    with pytest.warns(
+        PrecisionFloorWarning, match="condition number beyond what the dtype in which it came .* float64"
+    ):
+        kernels = propagate(gram, 2)
+    exact = inputs.astype(np.float64) @ inputs.T.astype(np.float64) / 8
+    scale = 20 * np.finfo(np.float32).eps * np.abs(kernels.ntk).max()
+    np.testing.assert_allclose(kernels.ntk, propagate(exact, 2).ntk, rtol=0, atol=scale)
+    well_conditioned = propagate((gram + np.eye(20)).astype(np.float32), 2)  # does not warn
+    assert np.all(np.isfinite(well_conditioned.ntk))
+
+
+def test_coincident_points() -> None:
+    gram = random_covariance(4, 1)
+    index = [0, 1, 2, 3, 1]
+    with pytest.warns(CoincidentPointsWarning, match=r"1 pairs coincide.*first \(1, 4\) with correlation 1.*κ = ∞"):
+        repeated = propagate(gram[np.ix_(index, index)], 2)
+    # Off the diagonal a correlation of one is known to ε, and its angle to √ε.
+    np.testing.assert_allclose(repeated.ntk, propagate(gram, 2).ntk[np.ix_(index, index)], rtol=1e-7)
