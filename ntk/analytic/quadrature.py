@@ -1,78 +1,104 @@
-"""Nodes for the one-dimensional integrals over s in which the finite-batch BatchNorm kernels are written.
+"""Nodes for the integrals over s by which a negative power of the norm of a Gaussian vector re-weights it.
 
-The integrands are δ(s) = Π(1 + 2sλ_a)^(−1/2), over the d non-zero eigenvalues of the centred batch Gram, times rational
-functions of s (docs/mathematics.md §5.1).
+r^(−2a) = Γ(a)⁻¹ ∫₀^∞ s^(a−1) e^(−s r²) ds, and E[e^(−s r²) f] is δ(s) = Π(1 + 2sλ)^(−1/2), over the eigenvalues λ of
+the covariance, times the expectation of f under another Gaussian (docs/mathematics.md §5.1). In ξ = s^a the integrand
+is smooth at zero and, far out, a function of ln ξ: Gauss–Legendre in u, with ξ = ξ₀(e^(Lu) − 1), meets both.
+
+Arrays are NumPy's, or JAX's and possibly traced: the number of nodes is fixed, their range is not.
 """
 
+import math
 from functools import lru_cache
+from types import ModuleType
+from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
-from scipy.special import roots_jacobi
 
 from ntk.analytic.precision import Array
 
-_JACOBI_NODES = 32
-_JACOBI_LARGEST_RATIO = 30.0  # the worst batch, B = 4, errs by 4e−13 at ratio 50
-_JACOBI_LARGEST_RANK = 1000  # beyond, the weights overflow
-_TRAPEZOID_STEP = 0.25
-_NEGLIGIBLE = 40.0  # e^−40 = 4e−18 of the peak
-_BLOCK = 64  # the number of nodes is rounded up to it, so that few shapes are compiled
+AnyArray = Any
+"""A NumPy array of float64, or a JAX array of any floating-point type."""
+
+NODES = 96
+"""Nodes where their number may not depend on the eigenvalues: errs by 1e−13, and by 1e−11 where s spans e^100."""
+
+_BLOCK = 32  # the number of nodes is a multiple of it, so that few shapes are compiled
+_LEAST_NODES = 28  # and one more for each factor e that s has to span
+_GRID = 256  # points among which the end of the integrand is sought
+_MARGIN = 4.0  # cut where the integrand is below e^−4 of the rounding of its peak
 
 
-@lru_cache(maxsize=32)
-def _jacobi(exponent: float) -> tuple[Array, Array]:
-    """Return nodes w in (0, 1) and logarithms of the weights of ∫ w^exponent f(w) dw."""
-    nodes, weights = roots_jacobi(_JACOBI_NODES, 0.0, exponent)
-    return (1 + nodes) / 2, np.log(weights) - (exponent + 1) * np.log(2.0)
+def namespace(array: AnyArray) -> ModuleType:
+    """Return the module, ``numpy`` or ``jax.numpy``, whose functions the array calls for."""
+    return np if isinstance(array, np.ndarray) else jnp
 
 
-def laplace_rule(eigenvalues: Array, *, beyond_batch: bool = False, growth: int = 0) -> tuple[Array, Array]:
-    """Return nodes s and weights, δ(s) included, so that ∫₀^∞ δ(s) f(s) ds ≈ Σ weight·f(s).
+@lru_cache(maxsize=8)
+def _gauss_legendre(nodes: int) -> tuple[Array, Array]:
+    """Return nodes in (0, 1) and weights of ∫₀¹ f(u) du."""
+    points, weights = np.polynomial.legendre.leggauss(nodes)
+    return (1 + points) / 2, weights / 2
 
-    Gauss–Jacobi in w = 1/(1 + 2sλ₀), λ₀ the mean eigenvalue, where the eigenvalues are comparable (exact where they are
-    equal); the trapezoid rule in ln s, which no spread of eigenvalues disturbs, elsewhere and for points beyond the
-    batch, where f contains √w.
+
+def _log_density(s: AnyArray, eigenvalues: AnyArray) -> AnyArray:
+    """Return ln δ(s) at each node [k]; eigenvalues of zero do not count."""
+    return -0.5 * namespace(s).log1p(2 * s[:, None] * eigenvalues).sum(axis=1)
+
+
+def _span(eigenvalues: AnyArray, order: float, growth: int) -> tuple[AnyArray, AnyArray]:
+    """Return the scale s₀ = 1/(2 max λ), and ln(s/s₀) where the integrand ends.
+
+    The end is sought on a grid in ln s, from one over the trace to where the slowest decay, beyond 1/min λ, has done.
+    """
+    xp = namespace(eigenvalues)
+    positive = eigenvalues > 0
+    largest = xp.where(positive.any(), eigenvalues.max(), 1.0)
+    smallest = xp.where(positive, eigenvalues, largest).min()
+    negligible = _MARGIN - math.log(xp.finfo(eigenvalues.dtype).eps)
+    decay = xp.maximum(positive.sum() / 2 - order - growth, 0.5)
+    start = xp.log(largest / xp.where(positive.any(), eigenvalues.sum(), 1.0))
+    stop = xp.log(largest / smallest) + negligible / decay + 1
+    r = start + xp.linspace(0.0, 1.0, _GRID, dtype=eigenvalues.dtype) * (stop - start)
+    size = _log_density(xp.exp(r) / (2 * largest), eigenvalues) + (order + growth) * r
+    last = _GRID - 1 - xp.argmax((size > size.max() - negligible)[::-1])
+    return 1 / (2 * largest), r[xp.minimum(last + 1, _GRID - 1)]
+
+
+def node_count(eigenvalues: Array, *, order: float = 1.0, growth: int = 0) -> int:
+    """Return how many nodes :func:`laplace_rule` needs for an error of 1e−12.
 
     Args:
-        eigenvalues: The positive eigenvalues [d] of the centred batch Gram.
-        beyond_batch: Whether there are points outside the batch that defines the statistics.
+        eigenvalues: Eigenvalues [d] of the covariance, zero where it is singular.
+        order: The a of r^(−2a).
         growth: Power of s with which f may grow, 0 or 1.
 
     Returns:
-        Nodes [k] and weights [k], in units of one over an eigenvalue.
+        A multiple of 32.
     """
-    comparable = eigenvalues.max() <= _JACOBI_LARGEST_RATIO * eigenvalues.min()
-    if comparable and not beyond_batch and eigenvalues.size <= _JACOBI_LARGEST_RANK:
-        return _gauss_jacobi(eigenvalues)
-    return _trapezoid(eigenvalues, growth)
+    return _BLOCK * math.ceil((_LEAST_NODES + float(_span(eigenvalues, order, growth)[1])) / _BLOCK)
 
 
-def _log_determinant(s: Array, eigenvalues: Array) -> Array:
-    """Return ln δ(s) at each node."""
-    return -0.5 * np.log1p(2 * s[:, None] * eigenvalues).sum(axis=1)
+def laplace_rule(
+    eigenvalues: AnyArray, nodes: int = NODES, *, order: float = 1.0, growth: int = 0
+) -> tuple[AnyArray, AnyArray]:
+    """Return nodes s and weights, δ(s) included: Γ(a)⁻¹ ∫₀^∞ s^(a−1) δ(s) f(s) ds ≈ Σ weight·f(s).
 
+    f is made of rational functions of s, their square roots and arc tangents, singular on the negative axis alone.
 
-def _gauss_jacobi(eigenvalues: Array) -> tuple[Array, Array]:
-    """Gauss–Jacobi rule: the Jacobian terms, ds included, end as w^((d − 4)/2) at s = ∞ (docs/mathematics.md §5.1)."""
-    exponent = (eigenvalues.size - 4) / 2
-    w, log_weights = _jacobi(exponent)
-    mean = eigenvalues.mean()
-    s = (1 / w - 1) / (2 * mean)
-    log_density = _log_determinant(s, eigenvalues) - (exponent + 2) * np.log(w) - np.log(2 * mean)
-    return s, np.exp(log_weights + log_density)
+    Args:
+        eigenvalues: Eigenvalues [d] of the covariance, zero where it is singular.
+        nodes: Number of nodes.
+        order: The a of r^(−2a), 1 or 1/2.
+        growth: Power of s with which f may grow, 0 or 1.
 
-
-def _trapezoid(eigenvalues: Array, growth: int) -> tuple[Array, Array]:
-    """Trapezoid rule in r = ln s, cut where the integrand is below e^−40 of its peak."""
-    decay = eigenvalues.size / 2 - 1 - growth
-    lowest = -np.log(2 * eigenvalues.sum()) - _NEGLIGIBLE
-    highest = -np.log(2 * eigenvalues.min()) + _NEGLIGIBLE / decay
-    r = np.arange(lowest, highest + _TRAPEZOID_STEP, _TRAPEZOID_STEP)
-    s = np.exp(r)
-    log_weights = _log_determinant(s, eigenvalues) + r + np.log(_TRAPEZOID_STEP)
-    # Judged with the growth that f may have, measured in units of the mean eigenvalue.
-    size = log_weights + growth * np.log1p(2 * s * eigenvalues.mean())
-    keep = size > size.max() - _NEGLIGIBLE
-    s, weights = s[keep], np.exp(log_weights[keep])
-    padding = -s.size % _BLOCK
-    return np.pad(s, (0, padding), mode="edge"), np.pad(weights, (0, padding))
+    Returns:
+        Nodes [nodes], in units of one over an eigenvalue, and weights [nodes].
+    """
+    xp = namespace(eigenvalues)
+    scale, end = _span(eigenvalues, order, growth)
+    length = xp.logaddexp(0.0 * end, order * end)  # L, of ξ/ξ₀ = (s/s₀)^a
+    u, weights = (xp.asarray(part, dtype=eigenvalues.dtype) for part in _gauss_legendre(nodes))
+    s = scale * xp.expm1(length * u) ** (1 / order)
+    log_weights = _log_density(s, eigenvalues) + length * u + order * xp.log(scale)
+    return s, weights * length / math.gamma(order + 1) * xp.exp(log_weights)

@@ -1,12 +1,15 @@
 """Finite-batch BatchNorm kernels: docs/mathematics.md §5, §9.4 and §9.5, and Monte Carlo of their definitions."""
 
+from math import gamma
+
 import numpy as np
 import pytest
 from scipy.integrate import quad_vec
 
 from ntk.analytic import batch_norm_fixed_point, propagate
 from ntk.analytic.batch_norm import STATISTICS, batch_norm_layer, centring
-from ntk.analytic.quadrature import laplace_rule
+from ntk.analytic.quadrature import laplace_rule, node_count
+from ntk.errors import CoincidentPointsWarning
 from tests.ntk.analytic.cases import (
     Array,
     autoregressive,
@@ -136,7 +139,8 @@ def test_the_batch_does_not_see_the_points_beyond() -> None:
 def test_a_point_beyond_that_repeats_a_row_repeats_its_forward_kernel() -> None:
     gram = random_covariance(7, 4)
     index = [*range(7), 2]
-    repeated = propagate(gram[np.ix_(index, index)], 1, "batch_norm", n_statistics=7)
+    with pytest.warns(CoincidentPointsWarning, match="1 pairs coincide"):
+        repeated = propagate(gram[np.ix_(index, index)], 1, "batch_norm", n_statistics=7)
     alone = propagate(gram, 1, "batch_norm")
     # A repeated row has correlation one off the diagonal, where the angle is √(2ε).
     np.testing.assert_allclose(repeated.nngp, alone.nngp[np.ix_(index, index)], rtol=1e-7)
@@ -312,18 +316,23 @@ def test_weight_variance_scales_both_kernels() -> None:
     np.testing.assert_allclose(scaled.ntk, 2.5 * unit.ntk, rtol=0, atol=1e-12 * np.abs(scaled.ntk).max())
 
 
-@pytest.mark.parametrize(("size", "ratio"), [(4, 20.0), (8, 20.0), (8, 1e6), (40, 1e8)])
-def test_quadratures_agree(size: int, ratio: float) -> None:
-    """∫δ(s) ds and ∫sδ(s)/(1+2sλ) ds by both rules and by a finer trapezoid rule written out."""
+@pytest.mark.parametrize("order", [0.5, 1.0])
+@pytest.mark.parametrize(("size", "ratio"), [(4, 1.0), (4, 20.0), (8, 20.0), (8, 1e6), (40, 1e8), (400, 1.0)])
+def test_quadrature(size: int, ratio: float, order: float) -> None:
+    """E[1/r²] or E[1/r], with a factor and without, against a fine trapezoid rule in ln s."""
     eigenvalues = np.geomspace(1, ratio, size - 1)
     r = np.arange(-60, 90, 0.05)
     s = np.exp(r)
-    density = np.exp(-0.5 * np.log1p(2 * s[:, None] * eigenvalues).sum(axis=1) + r) * 0.05
-    for beyond in (False, True):
-        nodes, weights = laplace_rule(eigenvalues, beyond_batch=beyond)
-        assert weights.sum() == pytest.approx(density.sum(), rel=1e-11)
-        moment = weights @ (nodes / (1 + 2 * nodes * eigenvalues[0]))
-        assert moment == pytest.approx(density @ (s / (1 + 2 * s * eigenvalues[0])), rel=1e-11)
+    density = np.exp(-0.5 * np.log1p(2 * s[:, None] * eigenvalues).sum(axis=1) + order * r) * 0.05 / gamma(order)
+    nodes, weights = laplace_rule(eigenvalues, node_count(eigenvalues, order=order), order=order)
+    for factor in (lambda s: 1.0, lambda s: s / (1 + 2 * s * eigenvalues[0]), lambda s: 1 / np.sqrt(1 + 2 * s)):
+        assert np.sum(weights * factor(nodes)) == pytest.approx(density @ (factor(s) + 0 * s), rel=2e-12, abs=0)
+
+
+def test_quadrature_of_too_few_nodes_is_noticed() -> None:
+    eigenvalues = np.geomspace(1, 20, 7)
+    enough, few = (laplace_rule(eigenvalues, nodes)[1].sum() for nodes in (64, 16))
+    assert abs(few / enough - 1) > 1e-6
 
 
 @pytest.mark.parametrize("decades", [0, 3, 7])
