@@ -80,7 +80,7 @@ class PartialSpectrumError(ValueError):
 
 
 class GramError(ValueError):
-    """A Gram matrix is not the covariance of a set of distinct inputs: wrong shape, not symmetric, not semi-definite."""
+    """A Gram matrix is no covariance of inputs: of the wrong shape, not symmetric, or not positive semi-definite."""
 
 
 class BatchTooSmallError(ValueError):

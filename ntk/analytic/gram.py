@@ -90,8 +90,8 @@ def warn_of_gram(values: Array, relative: float) -> None:
     if eigenvalues[0] < tolerance * eigenvalues[-1]:
         warnings.warn(
             f"gram: has a condition number beyond what the dtype in which it came resolves, {1 / tolerance:.1g} for "
-            f"{len(values)} rows: its smallest eigenvalue, {eigenvalues[0]:.3g}, is rounding, and so is what depends on it, "
-            "the condition number of an NNGP kernel first. Compute the Gram matrix in float64.",
+            f"{len(values)} rows: its smallest eigenvalue, {eigenvalues[0]:.3g}, is rounding, and so is what depends "
+            "on it, the condition number of an NNGP kernel first. Compute the Gram matrix in float64.",
             PrecisionFloorWarning,
             stacklevel=3,
         )

@@ -24,7 +24,8 @@ class AnalyticKernels:
         statistics: "differentiated", "mean_differentiated" or "constant"; None without batch norm.
         nngp_by_depth: K at depths 0 … D [D + 1, n, n]; at D alone [1, n, n] unless every depth was kept.
         ntk_by_depth: Θ at depths 0 … D [D + 1, n, n]; at D alone [1, n, n] unless every depth was kept.
-        mean_correction: Whether weight mean is over finitely many units, (n − 1)/n per layer (docs/mathematics.md §4.4).
+        mean_correction: Whether weight mean is over finitely many units, (n − 1)/n per layer (docs/mathematics.md
+            §4.4).
         affine: Whether the NTK includes batch norm's gain and shift.
         population: Whether the rows of batch norm stand for an infinitely large batch.
     """

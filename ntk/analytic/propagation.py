@@ -173,13 +173,13 @@ def propagate(
             borrow its statistics (§5.3). None for all rows.
         projected: Under "weight_mean", whether the NTK is that of the centred weights. False gives what autograd with
             respect to the raw weights yields, 1/(π−1) more per layer (§4.3).
-        mean_correction: Under "weight_mean" with ``width``, whether the mean is one of finitely many units, which leaves
-            (n − 1)/n of each covariance (§4.4, MimicNorm's Lemma 1).
+        mean_correction: Under "weight_mean" with ``width``, whether the mean is one of finitely many units, which
+            leaves (n − 1)/n of each covariance (§4.4, MimicNorm's Lemma 1).
         statistics: Under "batch_norm", what the NTK differentiates: "differentiated" (mean and variance),
             "mean_differentiated", or "constant" (running statistics).
         affine: Under "batch_norm", whether a gain and a shift per channel, one and zero at initialization, are trained.
         population: Under "batch_norm", whether the rows stand, in equal parts, for an infinitely large batch (§5.5).
-        width: The fan-in of the D + 1 linear layers, input first; an int for all. For ``parametrization="standard"`` and
+        width: The fan-in of the D + 1 linear layers, input first; an int for all. For the standard parametrization and
             ``mean_correction``.
         bias_trained: Under the standard parametrization, whether biases are trained, which adds one to the NTK per
             layer; neural-tangents counts them at b_std=0.0, and not at b_std=None.
@@ -316,8 +316,8 @@ def _parametrization(
         )
     if width is not None and not (standard or finite):
         raise ValueError(
-            f"width: requires parametrization='standard' or mean_correction=True, as nothing else depends on it; received "
-            f"{width!r}. Leave it out."
+            "width: requires parametrization='standard' or mean_correction=True, as nothing else depends on it; "
+            f"received {width!r}. Leave it out."
         )
     fan_in = _require_width(width, depth) if standard or finite else None
     return Parametrization(name, fan_in, bias_trained)
@@ -381,8 +381,8 @@ def require_homogeneous(dual: DualActivation, sigma_b2: float) -> float:
     """
     if dual.negative_slope is None:
         raise ValueError(
-            f"activation: must be 'relu', 'leaky_relu', 'abs' or 'linear' under norm='batch_norm', whose kernels rest on "
-            f"homogeneity; received {dual.name!r}. Take 'relu', or measure the network with ntk.empirical_ntk."
+            "activation: must be 'relu', 'leaky_relu', 'abs' or 'linear' under norm='batch_norm', whose kernels rest "
+            f"on homogeneity; received {dual.name!r}. Take 'relu', or measure the network with ntk.empirical_ntk."
         )
     if sigma_b2 != 0:
         raise ValueError(
