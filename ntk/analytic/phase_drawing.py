@@ -42,7 +42,7 @@ def draw_phases(diagram: "PhaseDiagram", axes: "Axes | None" = None) -> "Axes":
     line = diagram.critical_line()
     if np.isfinite(line).any():
         handles += axes.plot(line, y, color=_LINE, linewidth=2, label="critical: χ₁ = 1")
-    fates = {"///": ("variance grows without bound", np.inf), "...": ("variance vanishes", 0.0)}
+    fates = {"///": ("variance grows without bound", np.inf), "\\\\\\\\\\\\": ("variance vanishes", 0.0)}
     for hatch, (name, fate) in fates.items():
         there = diagram.variance == fate
         if there.any():
