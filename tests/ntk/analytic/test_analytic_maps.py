@@ -174,7 +174,7 @@ ACTIVATIONS = ["relu", "abs", "erf", "gelu", "silu", leaky_relu(0.2), sine(2.0),
 
 @pytest.mark.parametrize("norm", ["none", "weight_mean"])
 @pytest.mark.parametrize("sigma_b2", [0.0, 0.05, 0.3])
-@pytest.mark.parametrize("activation", ACTIVATIONS, ids=str)
+@pytest.mark.parametrize("activation", ACTIVATIONS, ids=lambda a: getattr(a, "name", a))
 def test_fixed_points_are_all_there_are(norm: str, sigma_b2: float, activation: str | DualActivation) -> None:
     # Brute force: every sign change of T(c) − c over 200 001 correlations is at a fixed point, and the other way round.
     transfer = correlation_map(norm, activation, sigma_b2=sigma_b2)
