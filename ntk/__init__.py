@@ -9,16 +9,20 @@ from ntk.projection import center_rows
 from ntk.results import KernelResult
 from ntk.spectrum import Spectrum, spectrum
 from ntk.state import preserve_state
+from ntk.width_study import Slope, WidthStudy, width_study
 
 __all__ = [
     "KernelResult",
+    "Slope",
     "Spectrum",
+    "WidthStudy",
     "center_rows",
     "empirical_nngp",
     "empirical_ntk",
     "layerwise_ntk",
     "preserve_state",
     "spectrum",
+    "width_study",
 ]
 
 
