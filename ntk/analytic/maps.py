@@ -57,13 +57,13 @@ def settled_correlation(dual: DualActivation | Forms, norm: str, q: Array, sigma
     unstable = excess(one, *layer) > MARGINAL
     if not unstable.any():
         return one
-    layer = tuple(item[unstable] for item in layer)
-    ends = np.zeros_like(layer[0]), np.ones_like(layer[0])
-    lowest = elementwise.find_root(excess, ends, args=layer).x
-    root = elementwise.find_root(gap, (ends[0], lowest), args=layer).x
-    settled = np.where(gap(lowest, *layer) < 0, root, lowest)
+    chaotic = [item[unstable] for item in layer]
+    ends = np.zeros_like(chaotic[0]), np.ones_like(chaotic[0])
+    lowest = elementwise.find_root(excess, ends, args=tuple(chaotic)).x
+    root = elementwise.find_root(gap, (ends[0], lowest), args=tuple(chaotic)).x
+    settled = np.where(gap(lowest, *chaotic) < 0, root, lowest)
     correlation = one.copy()
-    correlation[unstable] = np.where(gap(ends[0], *layer) == 0, 0.0, settled)
+    correlation[unstable] = np.where(gap(ends[0], *chaotic) == 0, 0.0, settled)
     return correlation
 
 

@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 if TYPE_CHECKING:
+    from matplotlib.artist import Artist
     from matplotlib.axes import Axes
 
     from ntk.analytic.phases import PhaseDiagram
@@ -33,7 +34,7 @@ def draw_phases(diagram: "PhaseDiagram", axes: "Axes | None" = None) -> "Axes":
     if axes is None:
         axes = Figure(figsize=(5.2, 3.9), layout="constrained").subplots()
     x, y = diagram.sigma_w2, diagram.sigma_b2
-    handles = []
+    handles: list[Artist] = []
     sign = np.clip(diagram.chi_1 - 1, -1, 1)
     axes.contourf(x, y, sign, levels=[-2, 0, 2], colors=[_ORDERED, _CHAOTIC])
     for name, colour, there in (("ordered", _ORDERED, sign < 0), ("chaotic", _CHAOTIC, sign > 0)):

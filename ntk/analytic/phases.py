@@ -26,7 +26,7 @@ PHASES = ("ordered", "critical", "chaotic")
 """The phases, in ascending order of χ1."""
 
 _WEIGHTS: Array = np.linspace(0.06, 4.0, 60)
-_BIASES: Array = np.linspace(0.0, 1.0, 41)
+_BIASES: Array = np.linspace(0.0, 1.0, 41) ** 2  # equidistant deviations: critical lines are flat near zero
 
 
 @dataclass(frozen=True, eq=False)
@@ -192,7 +192,7 @@ def phase_diagram(
         norm: "none", "weight_mean" or "batch_norm" (the population limit).
         activation: Name of the activation, see :func:`ntk.analytic.dual_activation`; or a dual activation.
         sigma_w2: Weight variances, positive and ascending; None for 60 up to 4.
-        sigma_b2: Bias variances, ascending; None for 41 up to 1.
+        sigma_b2: Bias variances, ascending; None for 41 up to 1, denser near zero.
 
     Returns:
         The diagram.
@@ -217,5 +217,16 @@ def phase_diagram(
     order = np.where(np.abs(chi_1 - 1) <= TOLERANCE, 1, np.where(chi_1 < 1, 0, 2))
     phase = np.array(PHASES)[order]
     phase.flags.writeable = False
-    fields = (variance, chi_1, correlation.reshape(shape), depth_scale(slope).reshape(shape), depth_scale(chi_1))
-    return PhaseDiagram(norm, dual.name, weights, biases, *map(read_only, fields), phase, dual)
+    return PhaseDiagram(
+        norm=norm,
+        activation=dual.name,
+        sigma_w2=weights,
+        sigma_b2=biases,
+        variance=read_only(variance),
+        chi_1=read_only(chi_1),
+        correlation=read_only(correlation.reshape(shape)),
+        correlation_depth=read_only(depth_scale(slope).reshape(shape)),
+        gradient_depth=read_only(depth_scale(chi_1)),
+        phase=phase,
+        _dual=dual,
+    )

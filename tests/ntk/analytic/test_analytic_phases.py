@@ -79,7 +79,7 @@ def test_critical_line_of_tanh() -> None:
     assert line[0] == pytest.approx(1, abs=1e-7)
     for sigma_w2, sigma_b2 in zip(line[1:], biases[1:], strict=True):
         q = 1.0
-        for _ in range(2000):
+        for _ in range(300):
             q = sigma_w2 * float(density @ np.tanh(np.sqrt(q) * z) ** 2) + sigma_b2
         assert sigma_w2 * float(density @ np.cosh(np.sqrt(q) * z) ** -4) == pytest.approx(1, abs=1e-9)
         assert sigma_w2 * float(density @ np.cosh(np.sqrt(2 * q) * z) ** -4) < 0.9
