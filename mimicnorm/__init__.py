@@ -2,6 +2,7 @@
 
 from mimicnorm import models
 from mimicnorm.convert import attach, convert, convert_, param_groups, project_weights, revert, row_projections
+from mimicnorm.description import describe
 from mimicnorm.fold import fold
 from mimicnorm.loss import VarianceAwareCrossEntropy
 from mimicnorm.methods import (
@@ -64,6 +65,7 @@ __all__ = [
     "attach",
     "convert",
     "convert_",
+    "describe",
     "fold",
     "models",
     "param_groups",
