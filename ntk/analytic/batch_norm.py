@@ -9,10 +9,12 @@ al. (2019), arXiv 1902.08129.
 
 from dataclasses import dataclass
 from functools import partial
+from typing import overload
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from numpy.typing import ArrayLike
 
 from ntk.analytic.closed_forms import Homogeneous
 from ntk.analytic.precision import Array, double_precision
@@ -144,18 +146,18 @@ def _integrands(
     return value, theta * step - m - m.T + third * n
 
 
-@partial(jax.jit, static_argnames=("size", "activation", "differentiated"))
+@partial(jax.jit, static_argnames=("size", "differentiated"))
 def _integrate(
     rule: tuple[AnyArray, AnyArray],
     geometry: BatchGeometry,
     theta: AnyArray | None,
+    negative_slope: float,
     *,
     size: int,
-    activation: Homogeneous,
     differentiated: bool,
 ) -> tuple[jax.Array, ...]:
     """Integrate node by node: O(nodes·n³) operations, O(n²) memory."""
-    integrands = lambda c: _integrands(c, theta, size, activation, differentiated, 0.5)
+    integrands = lambda c: _integrands(c, theta, size, Homogeneous(negative_slope), differentiated, 0.5)
 
     def add(total: tuple[jax.Array, ...], node: tuple[jax.Array, jax.Array]) -> tuple[tuple[jax.Array, ...], None]:
         s, weight = node
@@ -171,12 +173,13 @@ def _layer(
     theta: AnyArray | None,
     size: int,
     statistics: str,
-    activation: Homogeneous,
+    slope: float,
     affine: bool,
     population: bool,
     nodes: int | None,
 ) -> tuple[AnyArray, AnyArray | None]:
     """Return V and F; as many nodes as the spectrum asks for where None is given."""
+    activation = Homogeneous(slope)
     differentiated = statistics == "differentiated"
     growth = int(size < len(sigma) and differentiated)
     centred = centre(sigma, size)
@@ -191,18 +194,19 @@ def _layer(
         if nodes is None:
             nodes = node_count(geometry.eigenvalues, growth=growth)
         rule = laplace_rule(geometry.eigenvalues, nodes, growth=growth)
-        kernels = _integrate(rule, geometry, seen, size=size, activation=activation, differentiated=differentiated)
+        kernels = _integrate(rule, geometry, seen, slope, size=size, differentiated=differentiated)
         value, *tangents = (xp.asarray(kernel) for kernel in kernels)
         exists = xp.count_nonzero(geometry.eigenvalues) > 2 + 2 * growth
         tangents = [xp.where(exists, tangent, xp.nan) for tangent in tangents]
-    value, *tangents = (size * (kernel + kernel.T) / 2 for kernel in (value, *tangents))
+    value, *tangents = (size * kernel for kernel in (value, *tangents))
     if tangents and affine:
         signs = activation_forms(centred, centred.diagonal(), centred.diagonal(), activation, same=True)[1]
         tangents[0] = tangents[0] + value + signs
+    value, *tangents = ((kernel + kernel.T) / 2 for kernel in (value, *tangents))
     return value, tangents[0] if tangents else None
 
 
-@partial(jax.jit, static_argnames=("n_statistics", "statistics", "negative_slope", "affine", "population", "nodes"))
+@partial(jax.jit, static_argnames=("n_statistics", "statistics", "affine", "population", "nodes"))
 def traced_batch_norm_layer(
     sigma: jax.Array,
     theta: jax.Array | None,
@@ -230,12 +234,38 @@ def traced_batch_norm_layer(
         V [n, n], and F [n, n] or None. F is NaN where the centred Gram is of too low a rank for it to exist.
     """
     size = sigma.shape[0] if n_statistics is None else n_statistics
-    return _layer(sigma, theta, size, statistics, Homogeneous(negative_slope), affine, population, nodes)
+    return _layer(sigma, theta, size, statistics, negative_slope, affine, population, nodes)
+
+
+@overload
+def batch_norm_layer(
+    sigma: ArrayLike,
+    theta: None,
+    n_statistics: int | None = None,
+    statistics: str = "differentiated",
+    *,
+    negative_slope: float = 0.0,
+    affine: bool = False,
+    population: bool = False,
+) -> tuple[Array, None]: ...
+
+
+@overload
+def batch_norm_layer(
+    sigma: ArrayLike,
+    theta: ArrayLike,
+    n_statistics: int | None = None,
+    statistics: str = "differentiated",
+    *,
+    negative_slope: float = 0.0,
+    affine: bool = False,
+    population: bool = False,
+) -> tuple[Array, Array]: ...
 
 
 def batch_norm_layer(
-    sigma: Array,
-    theta: Array | None,
+    sigma: ArrayLike,
+    theta: ArrayLike | None,
     n_statistics: int | None = None,
     statistics: str = "differentiated",
     *,
@@ -260,8 +290,8 @@ def batch_norm_layer(
     Returns:
         V [n, n], and F [n, n] or None. F is NaN where the rank is too low for it to exist.
     """
-    sigma = np.asarray(sigma, dtype=np.float64)
-    theta = None if theta is None else np.asarray(theta, dtype=np.float64)
-    size = sigma.shape[0] if n_statistics is None else n_statistics
+    covariance = np.asarray(sigma, dtype=np.float64)
+    tangent = None if theta is None else np.asarray(theta, dtype=np.float64)
+    size = len(covariance) if n_statistics is None else n_statistics
     with double_precision():
-        return _layer(sigma, theta, size, statistics, Homogeneous(negative_slope), affine, population, None)
+        return _layer(covariance, tangent, size, statistics, negative_slope, affine, population, None)
