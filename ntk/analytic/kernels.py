@@ -28,6 +28,7 @@ class AnalyticKernels:
             §4.4).
         affine: Whether the NTK includes batch norm's gain and shift.
         population: Whether the rows of batch norm stand for an infinitely large batch.
+        batch_sizes: Sizes of the batches that the rows are, one after the other, where they are several.
     """
 
     nngp: Array = field(repr=False)
@@ -46,6 +47,7 @@ class AnalyticKernels:
     mean_correction: bool = False
     affine: bool = False
     population: bool = False
+    batch_sizes: tuple[int, ...] | None = None
 
     def __post_init__(self) -> None:
         """Make every array a read-only float64 copy."""
