@@ -317,7 +317,7 @@ def test_weight_variance_scales_both_kernels() -> None:
 
 
 @pytest.mark.parametrize("order", [0.5, 1.0])
-@pytest.mark.parametrize(("size", "ratio"), [(4, 1.0), (4, 20.0), (8, 20.0), (8, 1e6), (40, 1e8), (400, 1.0)])
+@pytest.mark.parametrize(("size", "ratio"), [(4, 1.0), (4, 20.0), (4, 1e4), (8, 20.0), (8, 1e6), (40, 1e8), (400, 1.0)])
 def test_quadrature(size: int, ratio: float, order: float) -> None:
     """E[1/r²] or E[1/r], with a factor and without, against a fine trapezoid rule in ln s."""
     eigenvalues = np.geomspace(1, ratio, size - 1)
