@@ -21,8 +21,8 @@ AnyArray = Any
 """A NumPy array of float64, or a JAX array of any floating-point type."""
 
 NODES = 96
-"""Nodes where their number may not depend on the eigenvalues: err by 1e−12, but for those of a batch of rank 3 to 5 that
-spread by 1e4 or more (5e−9 at rank 3)."""
+"""Nodes where their number may not depend on the eigenvalues: err by 1e−12, but for those of a batch of rank 3 to 5
+that spread by 1e4 or more (5e−9 at rank 3)."""
 
 _LEAST_NODES = 28  # and one more for each factor e that s spans
 _COUNTS = (32, 64, 96, 128, 192, 256)  # few, so that few shapes are compiled
