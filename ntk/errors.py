@@ -4,7 +4,7 @@ All errors derive from `ValueError`, so that code which does not care for the di
 names the parameter, what is admissible, what came, and the next step.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from difflib import get_close_matches
 
 
@@ -104,7 +104,24 @@ class MaskError(ValueError):
 
 
 class NoCounterpartError(ValueError):
-    """Some layers of a network have no analytic counterpart."""
+    """Some layers of a network have no analytic counterpart.
+
+    Attributes:
+        layers: The reasons, by name of layer.
+    """
+
+    def __init__(self, layers: Mapping[str, str]) -> None:
+        """Write the message.
+
+        Args:
+            layers: The reasons, by name of layer.
+        """
+        self.layers = dict(layers)
+        listed = "; ".join(f"{name}: {reason}" for name, reason in self.layers.items())
+        super().__init__(
+            f"description: must consist of layers that have an analytic counterpart; {len(self.layers)} have none. "
+            f"{listed}. Replace them, or measure the network with ntk.empirical_ntk."
+        )
 
 
 class CoincidentPointsWarning(UserWarning):

@@ -288,8 +288,10 @@ def _next(site: Site) -> Mapping[str, Any] | None:
 
     A mean over channels may be subtracted before a mean over positions is taken, and an activation is where it can be.
     """
-    users = site.users
-    while len(users) == 1 and site.nodes[users[0]]["kind"] in ("global_avg_pool", "identity"):
+    users, passed = site.users, {"identity", "global_avg_pool"} | (set() if site.source.spatial else {"flatten"})
+    while len(users) == 1 and site.nodes[users[0]]["kind"] in passed:
+        if site.nodes[users[0]]["kind"] == "global_avg_pool":
+            passed.add("flatten")
         users = _users(users[0], site.nodes)
     return site.nodes[users[0]] if len(users) == 1 else None
 
