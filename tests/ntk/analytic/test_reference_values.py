@@ -104,8 +104,8 @@ def test_bias_lowers_the_slope_of_weight_mean(sigma_b2: float) -> None:
 def test_covariances_of_one_finite_layer() -> None:
     # §4.4, at σw = 1 and ρ = 1/2.
     for n, text in ((4, "0.10901"), (16, "0.13626"), (64, "0.14307")):
-        options = {"sigma_w2": 1.0, "mean_correction": True, "width": n}
-        printed(propagate(constant_half(2), 1, "weight_mean", **options).nngp[0, 1], text)
+        kernels = propagate(constant_half(2), 1, "weight_mean", sigma_w2=1.0, mean_correction=True, width=n)
+        printed(kernels.nngp[0, 1], text)
 
 
 def test_constants_of_the_scatter() -> None:
