@@ -33,7 +33,7 @@ def kernel_svg(matrix: np.ndarray) -> str:
     image = axes.imshow(matrix, vmin=limits[0], vmax=limits[1], cmap=limits[2], interpolation="nearest")
     axes.set(xlabel="column", ylabel="row")
     figure.colorbar(image, ax=axes)
-    return _svg(figure)
+    return figure_svg(figure)
 
 
 NEAR = 1e3
@@ -68,7 +68,7 @@ def spectrum_svg(eigenvalues: np.ndarray, floor: float) -> str:
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     if len(axes.get_lines()) > 1:
         axes.legend(frameon=False)
-    return _svg(figure)
+    return figure_svg(figure)
 
 
 def html_figure(svg: str, caption: str) -> str:
@@ -81,7 +81,15 @@ def html_figure(svg: str, caption: str) -> str:
     return f"<figure>{svg}<figcaption>{html.escape(caption)}</figcaption></figure>"
 
 
-def _svg(figure: "Figure") -> str:
+def figure_svg(figure: "Figure") -> str:
+    """A figure as SVG text, the same bytes for the same drawing.
+
+    Args:
+        figure: A matplotlib figure.
+
+    Returns:
+        An `<svg>` element.
+    """
     from matplotlib import rc_context
 
     text = io.StringIO()

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
-from ntk.display import _svg, html_figure
+from ntk.display import figure_svg, html_figure
 from ntk.errors import ConventionError, NonFiniteKernelError
 from ntk.results import KernelResult
 
@@ -318,4 +318,4 @@ def _deviation_svg(study: WidthStudy) -> str:
     axes.set_xticks(widths, labels=[str(width) for width in study.widths])
     axes.minorticks_off()
     axes.legend(frameon=False)
-    return _svg(figure)
+    return figure_svg(figure)

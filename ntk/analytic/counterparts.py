@@ -231,19 +231,20 @@ def _batch_norm(site: Site) -> Counterpart:
     gain, shift = node.get("weight"), node.get("bias_values")
     if not (gain is None or np.all(gain == 1)) or not (shift is None or np.all(shift == 0)):
         return _missing(site, "batch norm with another gain than 1, or another shift than 0")
-    slope, fused = 1.0, False
+    slope = None
     if len(site.users) == 1:
         after = site.nodes[site.users[0]]
         dual = _dual(after) if after["kind"] == "activation" else None
-        fused = dual is not None and dual.negative_slope is not None
-        slope = dual.negative_slope if fused else 1.0
-    norm = layers.BatchNormRelu(slope, epsilon=node["eps"], affine=node["affine"], channel_axis=site.channel_axis)
+        slope = None if dual is None else dual.negative_slope
+    norm = layers.BatchNormRelu(
+        1.0 if slope is None else slope, epsilon=node["eps"], affine=node["affine"], channel_axis=site.channel_axis
+    )
     shape = (1, -1) + (1,) * source.spatial
     params: Any = ()
     if node["affine"]:
-        params = None if gain is None else (np.reshape(gain, shape), np.reshape(shift, shape))
+        params = None if gain is None or shift is None else (np.reshape(gain, shape), np.reshape(shift, shape))
     note = _EPSILON_NOTE if node["eps"] else ""
-    return Counterpart((Step(norm, params),), spatial=source.spatial, fused=fused, note=note)
+    return Counterpart((Step(norm, params),), spatial=source.spatial, fused=slope is not None, note=note)
 
 
 def _dual(node: Mapping[str, Any]) -> DualActivation | None:

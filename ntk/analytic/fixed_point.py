@@ -11,18 +11,11 @@ from dataclasses import dataclass
 from scipy.special import gammaln
 
 from ntk.analytic.activations import dual_activation
+from ntk.analytic.batch_requirements import require_batch_size
 from ntk.analytic.maps import correlation_map
-from ntk.analytic.messages import require_choice, require_integer
+from ntk.analytic.messages import require_choice
 from ntk.analytic.norms import require_norm
-from ntk.errors import BatchTooSmallError
 
-SMALLEST_BATCH = 4
-"""Smallest batch whose BatchNorm gradient has a finite second moment, the B − 3 of docs/mathematics.md §5.4."""
-
-_BATCH_REASON = (
-    "The second moment of a BatchNorm gradient contains E[1/r²] over B − 1 directions, and diverges for B <= 3 (its "
-    "growth per layer is 3.084060948 at B = 4, 1.788189977 at B = 8, 1.466942207 for B → ∞). Use a batch of 4 or more."
-)
 _ACTIVATION_STEP = "Other activations are not homogeneous, and have no closed form under a finite batch: measure them."
 
 
@@ -49,22 +42,6 @@ class BatchNormFixedPoint:
     ntk_condition_number: float
     nngp_condition_number: float
     cross_batch_correlation: float
-
-
-def require_batch_size(parameter: str, value: object) -> int:
-    """Return a batch size that BatchNorm kernels admit.
-
-    Args:
-        parameter: Name of the parameter, as the caller knows it.
-        value: What was received.
-
-    Returns:
-        The batch size as an int.
-
-    Raises:
-        BatchTooSmallError: If it is not an integer above 3.
-    """
-    return require_integer(parameter, value, SMALLEST_BATCH, _BATCH_REASON, BatchTooSmallError)
 
 
 def batch_norm_fixed_point(batch_size: int | None = None) -> BatchNormFixedPoint:

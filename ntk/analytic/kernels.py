@@ -3,6 +3,7 @@
 from dataclasses import dataclass, field
 
 from ntk.analytic.precision import Array, read_only
+from ntk.display import html_figure, kernel_svg
 
 
 @dataclass(frozen=True, eq=False)
@@ -53,3 +54,23 @@ class AnalyticKernels:
         """Make every array a read-only float64 copy."""
         for name in ("nngp", "ntk", "nngp_by_depth", "ntk_by_depth"):
             object.__setattr__(self, name, read_only(getattr(self, name)))
+
+    def describe(self) -> str:
+        """The convention in one line."""
+        parts = [
+            f"depth {self.depth}, norm {self.norm!r}, {self.activation}, σw² = {self.sigma_w2:.6g}, "
+            f"σb² = {self.sigma_b2:.6g}, {self.parametrization} parametrization"
+        ]
+        if self.norm == "weight_mean":
+            parts.append("projected" if self.projected else "raw weights")
+        if self.statistics is not None:
+            rows = "two batches" if self.batch_sizes else f"batch of {self.n_statistics}"
+            parts.append(f"{'population' if self.population else rows}, statistics {self.statistics}")
+        parts += [name for name in ("affine", "mean_correction") if getattr(self, name)]
+        return ", ".join(parts)
+
+    def _repr_html_(self) -> str:
+        """Both kernels as heat maps, with their convention."""
+        return html_figure(kernel_svg(self.nngp), f"NNGP kernel: {self.describe()}") + html_figure(
+            kernel_svg(self.ntk), f"NTK of one output: {self.describe()}"
+        )

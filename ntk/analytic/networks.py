@@ -11,10 +11,10 @@ from typing import Any
 
 from ntk.analytic import layers
 from ntk.analytic.activations import DualActivation, dual_activation
+from ntk.analytic.batch_requirements import require_homogeneous
 from ntk.analytic.compat import stax
 from ntk.analytic.messages import require_choice, require_integer
 from ntk.analytic.norms import require_norm, require_variance, stable_weight_variance
-from ntk.analytic.propagation import require_homogeneous
 from ntk.analytic.residual import branch_scales
 
 READOUTS = ("pool", "flatten")

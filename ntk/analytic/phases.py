@@ -13,7 +13,7 @@ from ntk.analytic.maps import correlation_map, depth_scale, settled_correlation
 from ntk.analytic.norms import layer_moment, require_norm, require_variance
 from ntk.analytic.precision import Array, read_only
 from ntk.analytic.variance import LARGEST, settled_variance
-from ntk.display import _svg, html_figure
+from ntk.display import figure_svg, html_figure
 
 if TYPE_CHECKING:
     import xarray
@@ -118,7 +118,7 @@ class PhaseDiagram:
         figure = Figure(figsize=(5.2, 3.9), layout="constrained")
         self.plot(figure.subplots())
         uniform = " Both variances cancel under batch norm." if self.norm == "batch_norm" else ""
-        return html_figure(_svg(figure), f"Phases of {self.activation}, norm {self.norm!r}, by χ1.{uniform}")
+        return html_figure(figure_svg(figure), f"Phases of {self.activation}, norm {self.norm!r}, by χ1.{uniform}")
 
 
 def _slope_moment(dual: DualActivation, variance: Array) -> Array:

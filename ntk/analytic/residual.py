@@ -12,8 +12,9 @@ from ntk.analytic.activations import DualActivation, dual_activation
 from ntk.analytic.messages import require_choice, require_integer
 from ntk.analytic.norms import stable_weight_variance
 from ntk.analytic.precision import Array, read_only
-from ntk.analytic.propagation import BatchNormLayer, GaussianLayer, Parametrization, propagate
-from ntk.display import _svg, html_figure
+from ntk.analytic.propagation import propagate
+from ntk.analytic.recursion import BatchNormLayer, GaussianLayer, Layer, Parametrization
+from ntk.display import figure_svg, html_figure
 
 if TYPE_CHECKING:
     import xarray
@@ -204,7 +205,7 @@ def propagate_residual(
     # One layer of the plain network refuses what a branch cannot take.
     first = propagate(gram, 1, norm, activation, sigma_w2, projected=projected, statistics=statistics)
     dual, linear = dual_activation(activation), Parametrization("ntk", None, False)
-    layer: GaussianLayer | BatchNormLayer
+    layer: Layer
     if norm == "batch_norm":
         weight = 2.0 if sigma_w2 is None else first.sigma_w2
         layer = BatchNormLayer(dual.negative_slope or 0.0, len(first.nngp), statistics, weight, linear)
@@ -228,9 +229,7 @@ def propagate_residual(
     )
 
 
-def _run(
-    layer: GaussianLayer | BatchNormLayer, gram: Array, scales: Array, depth: int, *, every_block: bool
-) -> tuple[Array, Array]:
+def _run(layer: Layer, gram: Array, scales: Array, depth: int, *, every_block: bool) -> tuple[Array, Array]:
     """Return the kernels [blocks kept, n, n] of the stream.
 
     Raises:
@@ -310,4 +309,4 @@ def _growth_svg(kernels: ResidualKernels) -> str:
         axes.plot(numbers, values[first:], marker=marker, label=label)
     axes.set(xscale="log", yscale="log", xlabel="block $l$")
     axes.legend(frameon=False)
-    return _svg(figure)
+    return figure_svg(figure)

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from ntk.analytic.precision import Array, read_only
-from ntk.display import _svg, html_figure
+from ntk.display import figure_svg, html_figure
 
 if TYPE_CHECKING:
     import xarray
@@ -93,7 +93,7 @@ class Trajectory:
             axes.set_ylim(bottom=_DRAWN_DECADES * shown.max(), top=2 * shown.max())
             axes.legend(frameon=False)
         axes.set(xlabel=self.unit, ylabel="|⟨u, f − y⟩|")
-        return html_figure(_svg(figure), caption)
+        return html_figure(figure_svg(figure), caption)
 
     def __repr__(self) -> str:
         """Kind of training, range and losses."""

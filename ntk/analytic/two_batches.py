@@ -25,15 +25,15 @@ from ntk.analytic.batch_norm import (
     centring,
     split_covariance,
 )
+from ntk.analytic.batch_requirements import require_batch, require_batch_size, require_homogeneous
 from ntk.analytic.closed_forms import Homogeneous
-from ntk.analytic.fixed_point import require_batch_size
 from ntk.analytic.gram import require_gram, rounding, warn_of_gram
 from ntk.analytic.kernels import AnalyticKernels
 from ntk.analytic.messages import require_choice, require_integer
 from ntk.analytic.norms import require_variance
 from ntk.analytic.precision import Array, double_precision
-from ntk.analytic.propagation import _DEPTH_REASON, _require_batch, _run, require_homogeneous
 from ntk.analytic.quadrature import laplace_rule, node_count
+from ntk.analytic.recursion import DEPTH_REASON, run_recursion
 
 NODES = 64
 """Nodes of each of the two integrals where their number may not depend on the eigenvalues: errs by 1e−11 at most."""
@@ -111,7 +111,7 @@ def propagate_two_batches(
         ValueError: If another argument is out of its range.
     """
     start = require_gram(gram)
-    last = require_integer("depth", depth, 1, _DEPTH_REASON)
+    last = require_integer("depth", depth, 1, DEPTH_REASON)
     dual = dual_activation(activation)
     require_choice(
         "statistics", statistics, STATISTICS, "Take 'differentiated' for train mode, 'constant' for eval mode."
@@ -119,10 +119,10 @@ def propagate_two_batches(
     weight = 1.0 if sigma_w2 is None else require_variance("sigma_w2", sigma_w2, positive=True)
     batches = _require_sizes(sizes, len(start))
     for rows in (slice(None, batches[0]), slice(batches[0], None)):
-        _require_batch(start[rows, rows], rounding(gram), None, statistics)
+        require_batch(start[rows, rows], rounding(gram), None, statistics)
     layer = TwoBatchLayer(batches[0], statistics, require_homogeneous(dual, 0.0), weight, affine)
     warn_of_gram(start, rounding(gram))
-    nngp, ntk = _run(layer, start, last, every_depth=every_depth)  # type: ignore[arg-type]
+    nngp, ntk = run_recursion(layer, start, last, every_depth=every_depth)
     return AnalyticKernels(
         nngp=nngp[-1],
         ntk=ntk[-1],

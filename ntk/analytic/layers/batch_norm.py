@@ -7,6 +7,7 @@ a kernel that is computed in tiles is another network's.
 
 import sys
 from collections.abc import Callable
+from types import FrameType
 from typing import Any
 
 import jax
@@ -14,8 +15,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from ntk.analytic.batch_norm import STATISTICS, batch_norm_layer, traced_batch_norm_layer
+from ntk.analytic.batch_requirements import require_batch, require_batch_size
 from ntk.analytic.compat import stax
-from ntk.analytic.fixed_point import require_batch_size
+from ntk.analytic.gram import rounding
 from ntk.analytic.layers.activation import require_gaussian
 from ntk.analytic.messages import require_choice
 from ntk.analytic.precision import double_precision
@@ -116,7 +118,7 @@ def _refuse_tiles(functions: frozenset[str] | None) -> None:
     Raises:
         BatchTilingError: If one of them is being executed.
     """
-    frame = sys._getframe(1)
+    frame: FrameType | None = sys._getframe(1)
     while frame is not None:
         if frame.f_globals.get("__name__") == _BATCHING and (functions is None or frame.f_code.co_name in functions):
             raise BatchTilingError(
@@ -188,14 +190,20 @@ def _tensor(matrix: jax.Array, like: jax.Array) -> jax.Array:
     return jnp.asarray(matrix, like.dtype).reshape(like.shape[::2] + like.shape[1::2]).transpose(axes)
 
 
-def _one_batch(nngp: jax.Array, ntk: jax.Array | None, **options: Any) -> tuple[jax.Array, jax.Array | None]:
+def _one_batch(
+    nngp: jax.Array, ntk: jax.Array | None, *, n_statistics: int | None, statistics: str, **options: Any
+) -> tuple[jax.Array, jax.Array | None]:
     """V and F of one batch (docs/mathematics.md §5.1, §5.2), in the layout of a Kernel."""
-    require_batch_size("x1 (samples times positions)", _matrix(nngp).shape[0])
+    sigma = _matrix(nngp)
+    require_batch_size("x1 (samples times positions)", sigma.shape[0])
     theta = None if ntk is None else _matrix(jnp.broadcast_to(ntk, nngp.shape))
     if isinstance(nngp, jax.core.Tracer):
-        value, tangent = traced_batch_norm_layer(_matrix(nngp), theta, **options)
+        value, tangent = traced_batch_norm_layer(
+            sigma, theta, n_statistics=n_statistics, statistics=statistics, **options
+        )
     else:
-        value, tangent = batch_norm_layer(_matrix(nngp), theta, **options)
+        require_batch(np.asarray(sigma, np.float64), rounding(sigma), n_statistics, statistics)
+        value, tangent = batch_norm_layer(sigma, theta, n_statistics, statistics, **options)
     return _tensor(value, nngp), None if ntk is None else _tensor(tangent, nngp)
 
 

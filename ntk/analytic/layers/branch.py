@@ -46,7 +46,7 @@ def Pad(widths: Sequence[tuple[int, int]], channel_axis: int = -1) -> Any:
     Returns:
         (init_fn, apply_fn, kernel_fn).
     """
-    pairs = [tuple(width) for width in widths]
+    pairs = [(before, after) for before, after in widths]
 
     def padding(ndim: int) -> list[tuple[int, ...]]:
         spatial = iter(pairs)

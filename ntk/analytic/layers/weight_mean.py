@@ -122,7 +122,7 @@ def Conv(
     def kernel_fn(k: Any, **kwargs: object) -> Any:
         activated = k if dual is None else activate(k, dual)
         means = _rectified_means(k) if dual is None else tuple(map(dual.forms.mean, variances(k)))
-        if not isinstance(padding, str):
+        if surround is not None and not isinstance(padding, str):
             activated, means = surround[2](activated), tuple(pad_positions(mean, padding, k) for mean in means)
         first, second = _patch_means(activated, means, patch_mean)
         result = plain_kernel(activated)

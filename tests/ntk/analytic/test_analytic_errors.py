@@ -142,5 +142,5 @@ def test_overflow_is_named() -> None:
 
 
 def test_unknown_activation_has_a_name() -> None:
-    with pytest.raises(UnknownNameError, match="activation: must be one of 'relu'.*received 'rleu'. Nearest: 'relu'"):
+    with pytest.raises(UnknownNameError, match=r"activation: must be one of 'relu'.*received 'rleu'. Nearest: 'relu'"):
         propagate(constant_half(), 1, activation="rleu")

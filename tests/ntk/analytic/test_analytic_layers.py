@@ -1,4 +1,4 @@
-"""neural-tangents layers for weight mean and batch norm: against the closed recursions, sums over patches, finite networks.
+"""neural-tangents layers for weight mean and batch norm: against closed recursions, sums over patches, finite layers.
 
 Everything runs in double precision within the contexts named, except where single precision is what is tested.
 """
@@ -13,7 +13,7 @@ import pytest
 
 from ntk.analytic import dual_activation, layers, leaky_relu, propagate, propagate_two_batches, stable_weight_variance
 from ntk.analytic.compat import nt, stax
-from ntk.errors import BatchTilingError, BatchTooSmallError, MaskError, NotGaussianError
+from ntk.errors import BatchTilingError, BatchTooSmallError, CentredRankError, MaskError, NotGaussianError
 from tests.ntk.analytic.cases import Array, printed
 
 STABLE = float(np.sqrt(stable_weight_variance("relu", "weight_mean")))
@@ -43,7 +43,7 @@ def dense(*between: Any, depth: int, deviation: float, b_std: float | None = Non
     return stax.serial(stax.Dense(8, 1.0), *[*between, after] * depth)
 
 
-# ------------------------------------------------------------------------------------------------ against the recursions
+# ----------------------------------------------------------------------------------------------- against the recursions
 
 
 @pytest.mark.parametrize("activation", ["relu", "abs", "gelu", "erf", "sine", "leaky_relu"])
@@ -135,7 +135,7 @@ def test_batch_norm_over_positions_is_that_of_a_larger_batch() -> None:
     np.testing.assert_allclose(kernels.ntk, np.einsum("ipjp->ij", blocks) / 6, rtol=0, atol=1e-5)
 
 
-# --------------------------------------------------------------------------------------------------- against the patches
+# -------------------------------------------------------------------------------------------------- against the patches
 
 
 def patches(x: Array, padding: str, size: int = 3) -> Array:
@@ -325,7 +325,7 @@ def test_batches_are_not_tiled() -> None:
             tiled(x, None, "ntk")
     network = stax.serial(stax.Dense(16), layers.BatchNormRelu(), stax.Dense(1))
     sampled = nt.monte_carlo_kernel_fn(*network[:2], jax.random.PRNGKey(0), 1, batch_size=4)
-    with pytest.raises(BatchTilingError, match="batch_size of nt.monte_carlo_kernel_fn"):
+    with pytest.raises(BatchTilingError, match=r"batch_size of nt.monte_carlo_kernel_fn"):
         sampled(x, None, "ntk")
     assert nt.monte_carlo_kernel_fn(*network[:2], jax.random.PRNGKey(0), 1)(x, None, "ntk").shape == (8, 8)
 
@@ -365,11 +365,14 @@ def test_what_batch_norm_refuses() -> None:
         network[2](x[:3])
     with pytest.raises(BatchTooSmallError, match=r"x1, x2 \(samples times positions\): must be"):
         network[2](x[:5], x[5:])
+    circle = np.stack([np.cos(np.arange(8.0)), np.sin(np.arange(8.0))], axis=1)
+    with pytest.raises(CentredRankError, match=r"centred rank of at least 3 .* found 2 over 8 rows"):
+        network[2](circle)
     with pytest.raises(MaskError, match=r"mask_constant: must be None with a BatchNormRelu layer.*Leave it out"):
         network[2](x, None, mask_constant=100.0)
     with pytest.raises(ValueError, match=r"x2: must be None under n_statistics=5.*concatenation"):
         dense(layers.BatchNormRelu(n_statistics=5), depth=1, deviation=1.0)[2](x[:5], x[5:])
-    with pytest.raises(ValueError, match="statistics: must be one of 'differentiated'.*received 'running'"):
+    with pytest.raises(ValueError, match=r"statistics: must be one of 'differentiated'.*received 'running'"):
         layers.BatchNormRelu(statistics="running")
     with pytest.raises(BatchTooSmallError, match="n_statistics: must be an integer of at least 4; received 2"):
         layers.BatchNormRelu(n_statistics=2)

@@ -323,6 +323,9 @@ def test_result_states_its_convention_and_is_frozen() -> None:
     assert kernels.sigma_w2 == pytest.approx(0.9 / dual_activation("relu").variance, rel=4 * EPS)
     assert kernels.n_statistics is None
     assert kernels.ntk.dtype == kernels.nngp.dtype == np.float64
+    assert kernels.describe().startswith("depth 2, norm 'weight_mean', relu, σw² = 2.64")
+    assert kernels.describe().endswith("raw weights")
+    assert kernels._repr_html_().count("<svg") == 2
     with pytest.raises(ValueError, match="read-only"):
         kernels.ntk[0, 0] = 0
     with pytest.raises(AttributeError, match="cannot assign to field"):
