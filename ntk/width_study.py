@@ -301,21 +301,26 @@ def _fit(widths: np.ndarray, values: np.ndarray, errors: np.ndarray) -> Slope:
 def _deviation_svg(study: WidthStudy) -> str:
     """Draw the deviations, the fitted line and one of slope −1/2 through its middle."""
     from matplotlib.figure import Figure
+    from matplotlib.ticker import LogLocator, NullFormatter, NullLocator
 
-    figure = Figure(figsize=(4.6, 3.4), layout="constrained")
+    figure = Figure(figsize=(4.6, 4.0), layout="constrained")
     axes = figure.subplots()
     widths = np.array(study.widths, dtype=np.float64)
     slope = study.slope
     errors = study.mean_deviation_standard_error
-    axes.errorbar(widths, study.mean_deviation, errors, fmt="o", capsize=2, label="single networks")
-    axes.plot(widths, study.deviation_of_mean, "s", fillstyle="none", label=f"mean of {len(study.seeds)}")
+    single = axes.errorbar(widths, study.mean_deviation, errors, fmt="o", capsize=2, label="single networks")
     fitted = np.exp(slope.intercept) * widths**slope.value
-    axes.plot(widths, fitted, "-", color="C0", label=f"slope {slope.value:.2f} ± {slope.standard_error:.2f}")
+    figures = f"slope {slope.value:.2f} ± {slope.standard_error:.2f}".replace("-", "−")
+    (line,) = axes.plot(widths, fitted, "-", color="C0", label=figures)
+    (mean,) = axes.plot(widths, study.deviation_of_mean, "s", color="C1", fillstyle="none", label="their mean")
     middle = np.exp(np.log(widths).mean())
     reference = np.exp(slope.intercept) * middle**slope.value * (widths / middle) ** -0.5
-    axes.plot(widths, reference, "--", color="0.5", label="slope −0.50")
+    (half,) = axes.plot(widths, reference, "--", color="0.5", label="slope −0.50")
     axes.set(xscale="log", yscale="log", xlabel="width", ylabel="relative deviation")
     axes.set_xticks(widths, labels=[str(width) for width in study.widths])
-    axes.minorticks_off()
-    axes.legend(frameon=False)
+    axes.xaxis.set_minor_locator(NullLocator())
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.yaxis.set_major_formatter("{x:g}")
+    axes.yaxis.set_minor_formatter(NullFormatter())
+    figure.legend(handles=[single, mean, line, half], loc="outside lower center", ncols=2, frameon=False)
     return figure_svg(figure)

@@ -106,6 +106,8 @@ NETWORKS = {
     "conv, batch norm without gain": (lambda: batch_norm(affine=False), IMAGES),
     "conv, weight mean": (lambda: mimic(convolutional(), IMAGES, ("0", "6")), IMAGES),
     "conv, circular, weight mean": (lambda: mimic(convolutional("circular", 1), IMAGES, ("0", "6")), IMAGES),
+    "conv, centred stem, weight mean": (lambda: mimic(convolutional(), IMAGES, ("6",)), IMAGES),
+    "conv, centred circular stem, weight mean": (lambda: mimic(convolutional("circular", 1), IMAGES, ("6",)), IMAGES),
     "residual": (residual, IMAGES),
     "residual, weight mean": (lambda: mimic(residual(shortcut=False), IMAGES, ("0",)), IMAGES),
     "residual, batch norm": (lambda: residual(norm=True), IMAGES),
@@ -176,6 +178,26 @@ def test_kernel_of_a_described_network(norm: str) -> None:
     expected = propagate(gram, 2, norm, sigma_w2=2.0, parametrization="standard", width=(10, width, width))
     np.testing.assert_allclose(found.nngp, expected.nngp, rtol=1e-11)
     np.testing.assert_allclose(found.ntk, expected.ntk, rtol=0, atol=1e-11 * np.abs(expected.ntk).max())
+
+
+def test_kernel_of_a_centred_stem() -> None:
+    # The NTK of a network of one layer is no random matter: the empirical one is the analytic one.
+    model = nn.Sequential(nn.Conv2d(3, 4, 3, stride=2, padding=1, bias=False), nn.Flatten())
+    centred = mimicnorm.convert(
+        nn.Sequential(model, nn.Linear(24, 2)).double(),
+        mimicnorm.MimicNorm(last_batch_norm=False),
+        example_input=IMAGES.double(),
+    )[0]
+    projection = {"0.weight": ntk.center_rows}
+    description = mimicnorm.describe(centred, IMAGES.double())
+    description["layers"][0]["weight_mean"] = True  # a part of a converted network does not know that it was converted
+    with jax.enable_x64(True):
+        twin = from_torch(description)
+        shape, params = twin.init_fn(jax.random.key(0), IMAGES.shape)
+        assert twin.apply_fn(params, IMAGES.double().numpy()).shape == shape == (5, 24)
+        found = twin.kernel_fn(IMAGES.double().numpy(), None, "ntk")
+    expected = ntk.empirical_ntk(centred, IMAGES.double(), reduce="trace", projection=projection).values
+    np.testing.assert_allclose(found, expected, rtol=1e-10, atol=1e-12)
 
 
 def test_a_frozen_bn_network_needs_train_mode() -> None:

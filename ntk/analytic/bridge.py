@@ -8,13 +8,16 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import jax
+import jax.numpy as jnp
+
 from ntk.analytic import layers
 from ntk.analytic.compat import stax
-from ntk.analytic.counterparts import Counterpart, Step, counterpart
+from ntk.analytic.counterparts import INPUT, WEIGHTED, Counterpart, Step, counterpart
 from ntk.errors import NoCounterpartError
 
-INPUT = "input"
 FORMAT = 1
+"""Version of the descriptions that are read."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -66,7 +69,7 @@ def from_torch(
     step = graph.way(graph.output, INPUT)
     if graph.missing:
         raise NoCounterpartError(graph.missing)
-    init_fn, apply_fn, kernel_fn = step.layer
+    init_fn, apply_fn, kernel_fn = step.layer if graph.prepare is None else _prepared(step.layer, graph.prepare)
     return AnalyticNetwork(init_fn, apply_fn, kernel_fn, step.params if graph.has_weights else None, graph.notes)
 
 
@@ -85,6 +88,22 @@ def missing_counterparts(description: Mapping[str, Any]) -> dict[str, str]:
     graph = _Graph(description, {})
     graph.way(graph.output, INPUT)
     return graph.missing
+
+
+def _prepared(layer: Any, prepare: Callable[[Any], Any]) -> tuple[Callable[..., Any], ...]:
+    """A network of inputs that are prepared first; its kernel function takes inputs and no Kernel."""
+    init, apply, kernel = layer
+
+    def init_fn(rng: jax.Array, input_shape: tuple[int, ...]) -> Any:
+        return init(rng, jax.eval_shape(prepare, jax.ShapeDtypeStruct(input_shape, jnp.float32)).shape)
+
+    def apply_fn(params: Any, inputs: jax.Array, **kwargs: Any) -> jax.Array:
+        return apply(params, prepare(inputs), **kwargs)
+
+    def kernel_fn(x1: jax.Array, x2: jax.Array | None = None, get: Any = None, **kwargs: Any) -> Any:
+        return kernel(prepare(x1), None if x2 is None else prepare(x2), get, **kwargs)
+
+    return init_fn, apply_fn, kernel_fn
 
 
 class _Graph:
@@ -126,6 +145,11 @@ class _Graph:
                 self.missing[name] = found.missing
 
     @property
+    def prepare(self) -> Callable[[Any], Any] | None:
+        """What is done to the input first, if anything."""
+        return next((found.prepare for found in self.counterparts.values() if found.prepare is not None), None)
+
+    @property
     def notes(self) -> tuple[str, ...]:
         """What all layers have to note, each once."""
         return tuple(dict.fromkeys(found.note for found in self.counterparts.values() if found.note))
@@ -133,7 +157,7 @@ class _Graph:
     @property
     def has_weights(self) -> bool:
         """Whether the description carries the weights of every layer that has some."""
-        weighted = [node for node in self.nodes.values() if node["kind"] in ("linear", "conv1d", "conv2d")]
+        weighted = [node for node in self.nodes.values() if node["kind"] in WEIGHTED]
         return all("weight" in node for node in weighted)
 
     def way(self, end: str, start: str) -> Step:

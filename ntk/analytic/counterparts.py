@@ -5,12 +5,17 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 
 from ntk.analytic import layers
 from ntk.analytic.activations import DualActivation, dual_activation, leaky_relu, sine
 from ntk.analytic.compat import stax
 from ntk.errors import UnknownNameError
+
+INPUT = "input"
+"""Name of the network's input among the inputs of its layers."""
 
 WEIGHTED = ("linear", "conv1d", "conv2d")
 _NUMBERS = {1: ("NCH", "OIH", "NCH"), 2: ("NCHW", "OIHW", "NCHW")}
@@ -47,6 +52,7 @@ class Counterpart:
         centred: Whether the mean over channels has been subtracted already.
         pending: An activation that is left to the convolution behind it, which centres by patches.
         fused: Whether what comes out has been through the activation behind it already.
+        prepare: What is done to the network's input before these layers, for a centred weight that sees it.
         missing: Why there is no counterpart; empty if there is.
         note: In what the kernel differs from that of the layer.
     """
@@ -58,6 +64,7 @@ class Counterpart:
     centred: bool = False
     pending: DualActivation | None = None
     fused: bool = False
+    prepare: Callable[[Any], Any] | None = None
     missing: str = ""
     note: str = ""
 
@@ -88,6 +95,11 @@ class Site:
     def users(self) -> list[str]:
         """Names of the layers that take its output."""
         return _users(self.name, self.nodes)
+
+    @property
+    def sees_input(self) -> bool:
+        """Whether it alone takes the network's input."""
+        return self.node["inputs"] == [INPUT] and len(_users(INPUT, self.nodes)) == 1
 
     @property
     def channel_axis(self) -> int:
@@ -164,13 +176,16 @@ def _linear(site: Site) -> Counterpart:
     if not node["trainable"]:
         return _missing(site, _FROZEN)
     steps: list[Step] = []
-    if node["weight_mean"] and not source.centred:
+    prepare = None
+    if node["weight_mean"] and site.sees_input:
+        prepare = lambda x: x - x.mean(axis=-1, keepdims=True)
+    elif node["weight_mean"] and not source.centred:
         if not source.rectified:
             return _missing(site, _UNCENTRED)
         steps.append(Step(layers.WeightMean(), ()))
     dense = stax.Dense(node["out_features"], **_variances(site, node["in_features"]))
     params = (np.transpose(node["weight"]), _bias(site, (1, -1))) if "weight" in node else None
-    return Counterpart((*steps, Step(dense, params, weighted=True)), gaussian=True)
+    return Counterpart((*steps, Step(dense, params, weighted=True)), gaussian=True, prepare=prepare)
 
 
 def _conv(site: Site) -> Counterpart:
@@ -190,6 +205,8 @@ def _conv(site: Site) -> Counterpart:
         "strides": tuple(node["stride"]),
         "dimension_numbers": _NUMBERS[spatial],
     }
+    if node["weight_mean"] and site.sees_input:
+        return _centred_stem(site, zeros, arguments)
     steps: list[Step] = []
     if not node["weight_mean"]:
         if not isinstance(zeros, str):
@@ -201,6 +218,31 @@ def _conv(site: Site) -> Counterpart:
         return _missing(site, _UNCENTRED)
     params = (node["weight"], _bias(site, (1, -1) + (1,) * spatial)) if "weight" in node else None
     return Counterpart((*steps, Step(triple, params, weighted=True)), spatial=spatial, gaussian=True)
+
+
+def _centred_stem(site: Site, zeros: str | list[tuple[int, int]], arguments: dict[str, Any]) -> Counterpart:
+    """A centred convolution of the network's input: of size one, on its patches less their means.
+
+    The mean of a patch follows from the input, and from no covariance of it.
+    """
+    node, spatial = site.node, int(site.node["kind"][4])
+    shape, strides, numbers = arguments["filter_shape"], arguments["strides"], arguments["dimension_numbers"]
+    around = [(size // 2, size // 2) for size in shape] if zeros == "CIRCULAR" else []
+    padding = zeros if isinstance(zeros, list) else [(0, 0)] * spatial
+
+    def prepare(x: Any) -> Any:
+        if around:
+            x = jnp.pad(x, [(0, 0), (0, 0), *around], mode="wrap")
+        patches = jax.lax.conv_general_dilated_patches(x, shape, strides, padding, dimension_numbers=numbers)
+        return patches - patches.mean(axis=1, keepdims=True)
+
+    one = {"filter_shape": (1,) * spatial, "strides": (1,) * spatial, "padding": "VALID"}
+    triple = stax.Conv(node["out_channels"], **(arguments | one))
+    params = None
+    if "weight" in node:
+        weight = np.reshape(node["weight"], (node["out_channels"], -1) + (1,) * spatial)
+        params = (weight, _bias(site, (1, -1) + (1,) * spatial))
+    return Counterpart((Step(triple, params, weighted=True),), spatial=spatial, gaussian=True, prepare=prepare)
 
 
 def _padding(site: Site) -> str | list[tuple[int, int]] | None:

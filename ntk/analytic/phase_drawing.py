@@ -10,11 +10,9 @@ if TYPE_CHECKING:
 
     from ntk.analytic.phases import PhaseDiagram
 
-_ORDERED, _CHAOTIC, _LINE = (
-    "#a6cee8",
-    "#f5c27a",
-    "#222222",
-)  # blue and orange: told apart by every kind of colour vision
+_ORDERED, _CHAOTIC = "#a6cee8", "#f5c27a"  # blue and orange: told apart by every kind of colour vision
+_LINE = "#222222"
+_TOUCHED = 0.01  # a cell of the grid is hatched from its first corner on: no strip is left beside the critical line
 _NAMES = {"none": "plain", "weight_mean": "weight mean", "batch_norm": "batch norm, large batch"}
 
 
@@ -46,9 +44,12 @@ def draw_phases(diagram: "PhaseDiagram", axes: "Axes | None" = None) -> "Axes":
     fates = {"///": ("variance grows without bound", np.inf), "\\\\\\\\\\\\": ("variance vanishes", 0.0)}
     for hatch, (name, fate) in fates.items():
         there = diagram.variance == fate
-        if there.any():
-            axes.contourf(x, y, there, levels=[0.5, 1.5], colors="none", hatches=[hatch])
+        if (there[:-1, :-1] & there[1:, :-1] & there[:-1, 1:] & there[1:, 1:]).any():
+            axes.contourf(x, y, there, levels=[_TOUCHED, 1.5], colors="none", hatches=[hatch])
             handles.append(Patch(facecolor="none", edgecolor=_LINE, hatch=hatch, linewidth=0, label=name))
+        elif there.any():  # a line, such as σb² = 0, has no area to hatch
+            row, column = np.nonzero(there)
+            handles += axes.plot(x[column], y[row], ".", color=_LINE, markersize=5, clip_on=False, label=name)
     axes.set(xlabel="weight variance σ$_w^2$", ylabel="bias variance σ$_b^2$", xlim=(x[0], x[-1]), ylim=(y[0], y[-1]))
     axes.set_title(f"{diagram.activation}, {_NAMES[diagram.norm]}", fontsize="medium")
     axes.legend(

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     import xarray
 
 _DRAWN_DECADES = 1e-4
+_MARKED_POINTS = 30
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -81,18 +82,22 @@ class Trajectory:
         """
         from matplotlib.figure import Figure
 
-        figure = Figure(figsize=(4.4, 3.0), layout="constrained")
+        figure = Figure(figsize=(5.4, 3.0), layout="constrained")
         axes = figure.subplots()
         grid = np.atleast_1d(self.grid)
         left = np.sqrt((self.mode_residuals.reshape(len(grid), self.train.shape[self.grid.ndim], -1) ** 2).mean(-1))
         shown = left[:, :modes]
+        lowest = _DRAWN_DECADES * shown.max()
+        seen = shown > lowest
+        style = ".-" if len(grid) <= _MARKED_POINTS else "-"
         for index, curve in enumerate(shown.T):
-            axes.plot(grid, np.where(curve > 0, curve, np.nan), ".-", markersize=3, label=f"mode {index + 1}")
-        if shown.max() > 0:
+            below = "" if seen[:, index].any() or not lowest else " (below)"
+            axes.plot(grid, np.where(curve > 0, curve, np.nan), style, markersize=4, label=f"mode {index + 1}{below}")
+        if lowest > 0:
             axes.set_yscale("log")
-            axes.set_ylim(bottom=_DRAWN_DECADES * shown.max(), top=2 * shown.max())
-            axes.legend(frameon=False)
+            axes.set_ylim(bottom=shown[seen].min() / 2, top=2 * shown.max())
         axes.set(xlabel=self.unit, ylabel="|⟨u, f − y⟩|")
+        figure.legend(loc="outside right upper", frameon=False)
         return html_figure(figure_svg(figure), caption)
 
     def __repr__(self) -> str:
