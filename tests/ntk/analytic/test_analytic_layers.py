@@ -177,7 +177,8 @@ def weight_mean_conv_oracle(x: Array, padding: str, activation: str, variance: f
 @pytest.mark.parametrize("activation", ["relu", "gelu"])
 @pytest.mark.parametrize("fused", [True, False])
 def test_weight_mean_convolution_sums_over_its_patch(padding: str, activation: str, fused: bool) -> None:
-    x, variance = images(2), 1.9
+    # The ReLU of stax errs by √ε where a position meets itself at a correlation of one less its rounding.
+    x, variance, exact = images(2), 1.9, 1e-13 if fused else 1e-7
     nngp, ntk = weight_mean_conv_oracle(x, padding, activation, variance)
     options = {"padding": padding, "W_std": np.sqrt(variance)}
     if fused:
@@ -190,10 +191,10 @@ def test_weight_mean_convolution_sums_over_its_patch(padding: str, activation: s
     whole = network[2](x, None, diagonal_spatial=False)
     assert not whole.is_reversed
     np.testing.assert_allclose(whole.nngp.transpose(0, 1, 2, 4, 3, 5), nngp, rtol=0, atol=1e-13)
-    np.testing.assert_allclose(whole.ntk.transpose(0, 1, 2, 4, 3, 5), ntk, rtol=0, atol=1e-13)
+    np.testing.assert_allclose(whole.ntk.transpose(0, 1, 2, 4, 3, 5), ntk, rtol=0, atol=exact)
     diagonal = stax.serial(network, stax.Flatten())[2](x)
     h, w = nngp.shape[2:4]
-    np.testing.assert_allclose(diagonal.ntk, np.einsum("ijhwhw->ij", ntk) / (h * w), rtol=1e-12)
+    np.testing.assert_allclose(diagonal.ntk, np.einsum("ijhwhw->ij", ntk) / (h * w), rtol=0, atol=exact)
     np.testing.assert_allclose(diagonal.cov1, np.einsum("iihwhw->i", nngp) / (h * w), rtol=1e-12)
     pooled = stax.serial(network, stax.GlobalAvgPool())[2](x)
     np.testing.assert_allclose(pooled.nngp, nngp.mean(axis=(2, 3, 4, 5)), rtol=0, atol=1e-13)
