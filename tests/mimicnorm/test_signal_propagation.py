@@ -103,8 +103,8 @@ def test_correlation_behind_30_layers(measured: dict[str, Tensor], name: str, st
 
 
 def test_correlation_with_weight_mean_is_the_finite_width_noise(measured: dict[str, Tensor]) -> None:
-    """Mean field: around 0 with standard deviation s = sqrt(3.16444 / n); |N(0, s)| has mean s sqrt(2 / pi)."""
-    predicted = math.sqrt(3.16444 / WIDTH) * math.sqrt(2 / math.pi)
+    """Mean field: around 0 with standard deviation s = sqrt(3.16441 / n); |N(0, s)| has mean s sqrt(2 / pi)."""
+    predicted = math.sqrt(3.16441 / WIDTH) * math.sqrt(2 / math.pi)
     assert measured["with"].mean().item() == pytest.approx(predicted, rel=0.01)
 
 

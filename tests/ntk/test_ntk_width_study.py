@@ -142,9 +142,9 @@ def test_scatter_of_correlations() -> None:
     t = CHI_1 / 2
     predicted = math.sqrt((1 + 1 / (1 - t**2)) / n)
     assert predicted == pytest.approx(0.1027, abs=0.5e-4)
-    assert predicted == pytest.approx(math.sqrt(3.16444 / n), rel=1e-5)
+    assert predicted == pytest.approx(math.sqrt(3.16441 / n), rel=1e-5)
     assert abs(spread - predicted) < 4 * error
-    assert abs(spread - math.sqrt(2.16444 / n)) > 4 * error  # the control: without the units of the last layer
+    assert abs(spread - math.sqrt(2.16441 / n)) > 4 * error  # the control: without the units of the last layer
 
 
 @cache
