@@ -141,12 +141,13 @@ class WidthStudy:
         """The figures in one line."""
         slope, bias = self.slope, self.bias_slope
         shown = "not resolved" if np.isnan(bias.value) else f"{bias.value:.3f} ± {bias.standard_error:.3f}"
-        return (
+        text = (
             f"widths {', '.join(map(str, self.widths))}, {len(self.seeds)} seeds; relative deviation of single "
             f"networks {self.mean_deviation[0]:.3g} to {self.mean_deviation[-1]:.3g}, slope {slope.value:.3f} ± "
             f"{slope.standard_error:.3f} (limit: −0.5); of their mean {self.deviation_of_mean[0]:.3g} to "
             f"{self.deviation_of_mean[-1]:.3g}, bias slope {shown} (limit: −1)"
         )
+        return text.replace(" -", " −")
 
     def to_dataset(self) -> "xarray.Dataset":
         """Kernels and deviations as an xarray dataset, the convention in its attributes."""

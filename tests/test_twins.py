@@ -257,6 +257,10 @@ def test_descriptions_that_are_refused() -> None:
         ValueError, match=r"description: must be of format 1 .* received format 7. Describe the network"
     ):
         from_torch(description | {"format": 7})
+    with pytest.raises(
+        TypeError, match=r"description: must be a network .* received Sequential. Pass mimic"
+    ):
+        from_torch(dense())
     with pytest.raises(ValueError, match=r"weight_variance: must name layers .*'8' is none. There are '0'"):
         from_torch(description, weight_variance={"8": 1.0})
 

@@ -1,5 +1,9 @@
 """Networks of infinite width: exact kernels, maps and predictions, and the only door to JAX and neural-tangents.
 
+All is double precision whatever the global flag says, but for the networks and layers of neural-tangents, which compute
+in the precision that JAX is set to: ``with jax.enable_x64(True)`` for the same. Under ``jax.jit`` their kernel
+functions compile once.
+
 Nothing here imports neural-tangents but :mod:`ntk.analytic.compat` and what asks for it: the layers, the networks made
 of them, and the bridge from PyTorch, which are loaded when they are first used.
 """

@@ -118,8 +118,14 @@ class _Graph:
         """Find the counterpart of each layer by itself.
 
         Raises:
+            TypeError: If it is no description.
             ValueError: If the description is of another format, or a variance is given for a layer that there is not.
         """
+        if not isinstance(description, Mapping):
+            raise TypeError(
+                f"description: must be a network as plain data; received {type(description).__name__}. Pass "
+                "mimicnorm.describe(model, example_input, weights=True)."
+            )
         if description.get("format") != FORMAT or not description.get("layers"):
             raise ValueError(
                 f"description: must be of format {FORMAT} with at least one layer, as mimicnorm.describe(model) "

@@ -1,6 +1,9 @@
 """The result of a propagation: kernels at every depth, with the conventions under which they hold."""
 
+import math
 from dataclasses import dataclass, field
+
+import numpy as np
 
 from ntk.analytic.precision import Array, read_only
 from ntk.display import html_figure, kernel_svg
@@ -55,6 +58,16 @@ class AnalyticKernels:
         for name in ("nngp", "ntk", "nngp_by_depth", "ntk_by_depth"):
             object.__setattr__(self, name, read_only(getattr(self, name)))
 
+    @property
+    def condition_number(self) -> float:
+        """κ of the NTK at the last depth; infinite if it is singular."""
+        return _condition_number(self.ntk)
+
+    @property
+    def condition_number_by_depth(self) -> Array:
+        """κ of the NTK at each depth kept; infinite where it is singular."""
+        return np.array([_condition_number(ntk) for ntk in self.ntk_by_depth])
+
     def describe(self) -> str:
         """The convention in one line."""
         parts = [
@@ -74,3 +87,10 @@ class AnalyticKernels:
         return html_figure(kernel_svg(self.nngp), f"NNGP kernel: {self.describe()}") + html_figure(
             kernel_svg(self.ntk), f"NTK of one output: {self.describe()}"
         )
+
+
+def _condition_number(kernel: Array) -> float:
+    """Largest over smallest eigenvalue; infinite where the smallest is within rounding of zero."""
+    values = np.linalg.eigvalsh(kernel)
+    floor = len(values) * np.finfo(np.float64).eps * values[-1]
+    return float(values[-1] / values[0]) if values[0] > floor else math.inf

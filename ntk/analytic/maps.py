@@ -155,7 +155,7 @@ class CorrelationMap:
         settled = settled_correlation(self._dual, self.norm, *self._layer)[0]
         inner = [float(settled)] if settled < 1 else []
         roots = [-1.0] * bool(gap[0] <= _ROUNDING) + inner + [1.0]
-        return tuple(self._fixed_point(root, stable=root == settled) for root in roots)
+        return tuple(self._fixed_point(root, stable=bool(root == settled)) for root in roots)
 
     @property
     def _layer(self) -> tuple[Array, Array, Array]:

@@ -17,6 +17,7 @@ from ntk.display import figure_svg, html_figure
 
 if TYPE_CHECKING:
     import xarray
+    from matplotlib.artist import Artist
     from matplotlib.axes import Axes
 
 TOLERANCE = 1e-9
@@ -27,6 +28,11 @@ PHASES = ("ordered", "critical", "chaotic")
 
 _WEIGHTS: Array = np.linspace(0.06, 4.0, 60)
 _BIASES: Array = np.linspace(0.0, 1.0, 41) ** 2  # equidistant deviations: critical lines are flat near zero
+
+_ORDERED, _CHAOTIC = "#a6cee8", "#f5c27a"  # blue and orange: told apart by every kind of colour vision
+_LINE = "#222222"
+_TOUCHED = 0.01  # a cell of the grid is hatched from its first corner on: no strip is left beside the critical line
+_NAMES = {"none": "plain", "weight_mean": "weight mean", "batch_norm": "batch norm, large batch"}
 
 
 @dataclass(frozen=True, eq=False)
@@ -54,14 +60,14 @@ class PhaseDiagram:
 
     norm: str
     activation: str
-    sigma_w2: Array
-    sigma_b2: Array
-    variance: Array
-    chi_1: Array
-    correlation: Array
-    correlation_depth: Array
-    gradient_depth: Array
-    phase: np.ndarray
+    sigma_w2: Array = field(repr=False)
+    sigma_b2: Array = field(repr=False)
+    variance: Array = field(repr=False)
+    chi_1: Array = field(repr=False)
+    correlation: Array = field(repr=False)
+    correlation_depth: Array = field(repr=False)
+    gradient_depth: Array = field(repr=False)
+    phase: np.ndarray = field(repr=False)
     _dual: DualActivation = field(repr=False)
 
     def critical_line(self) -> Array:
@@ -107,9 +113,7 @@ class PhaseDiagram:
         Returns:
             The axes.
         """
-        from ntk.analytic.phase_drawing import draw_phases
-
-        return draw_phases(self, axes)
+        return _draw(self, axes)
 
     def _repr_html_(self) -> str:
         """Picture of the diagram, with its convention."""
@@ -230,3 +234,37 @@ def phase_diagram(
         phase=phase,
         _dual=dual,
     )
+
+
+def _draw(diagram: PhaseDiagram, axes: "Axes | None") -> "Axes":
+    """Draw a phase diagram into axes, or into a figure of its own."""
+    from matplotlib.figure import Figure
+    from matplotlib.patches import Patch
+
+    if axes is None:
+        axes = Figure(figsize=(5.2, 3.9), layout="constrained").subplots()
+    x, y = diagram.sigma_w2, diagram.sigma_b2
+    handles: list[Artist] = []
+    sign = np.clip(diagram.chi_1 - 1, -1, 1)
+    axes.contourf(x, y, sign, levels=[-2, 0, 2], colors=[_ORDERED, _CHAOTIC])
+    for name, colour, there in (("ordered", _ORDERED, sign < 0), ("chaotic", _CHAOTIC, sign > 0)):
+        if there.any():
+            handles.append(Patch(facecolor=colour, label=f"{name}: {'χ₁ < 1' if name == 'ordered' else 'χ₁ > 1'}"))
+    line = diagram.critical_line()
+    if np.isfinite(line).any():
+        handles += axes.plot(line, y, color=_LINE, linewidth=2, label="critical: χ₁ = 1")
+    fates = {"///": ("variance grows without bound", np.inf), "\\\\\\\\\\\\": ("variance vanishes", 0.0)}
+    for hatch, (name, fate) in fates.items():
+        there = diagram.variance == fate
+        if (there[:-1, :-1] & there[1:, :-1] & there[:-1, 1:] & there[1:, 1:]).any():
+            axes.contourf(x, y, there, levels=[_TOUCHED, 1.5], colors="none", hatches=[hatch])
+            handles.append(Patch(facecolor="none", edgecolor=_LINE, hatch=hatch, linewidth=0, label=name))
+        elif there.any():  # a line, such as σb² = 0, has no area to hatch
+            row, column = np.nonzero(there)
+            handles += axes.plot(x[column], y[row], ".", color=_LINE, markersize=5, clip_on=False, label=name)
+    axes.set(xlabel="weight variance σ$_w^2$", ylabel="bias variance σ$_b^2$", xlim=(x[0], x[-1]), ylim=(y[0], y[-1]))
+    axes.set_title(f"{diagram.activation}, {_NAMES[diagram.norm]}", fontsize="medium")
+    axes.legend(
+        handles=handles, loc="upper center", bbox_to_anchor=(0.5, -0.17), ncols=2, fontsize="small", frameon=False
+    )
+    return axes

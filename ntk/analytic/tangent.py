@@ -4,6 +4,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from ntk.analytic.gram import rounding
+from ntk.analytic.kernels import AnalyticKernels
 from ntk.analytic.precision import Array
 from ntk.errors import AsymmetricKernelError, NonFiniteKernelError
 
@@ -20,8 +21,11 @@ def require_kernel(ntk: ArrayLike) -> Array:
     Raises:
         AsymmetricKernelError: If it is not square or not symmetric within the rounding of its dtype.
         NonFiniteKernelError: If a value is not finite.
+        TypeError: If it is a pair of kernels.
         ValueError: If it is not positive semi-definite, or zero.
     """
+    if isinstance(ntk, AnalyticKernels):
+        raise TypeError("ntk: must be an array; received AnalyticKernels, which hold two kernels. Pass kernels.ntk.")
     values = np.asarray(ntk).astype(np.float64)
     if values.ndim not in (2, 3) or values.shape[-1] != values.shape[-2] or values.size == 0:
         raise AsymmetricKernelError(

@@ -409,3 +409,8 @@ def test_dataset() -> None:
     single = training_dynamics(np.eye(M), np.ones(M)).gradient_flow(1.0).to_dataset()
     assert single.train.dims == ("example",)
     assert "test" not in single
+
+
+def test_a_pair_of_kernels_is_none() -> None:
+    with pytest.raises(TypeError, match=r"ntk: must be an array; received AnalyticKernels.*Pass kernels\.ntk"):
+        training_dynamics(propagate(constant_half(4), 2), np.ones(4))

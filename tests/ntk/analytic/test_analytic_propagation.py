@@ -315,6 +315,13 @@ def test_depths_nest(norm: str) -> None:
         assert shallow.ntk_by_depth.shape == (1, 5, 5)
 
 
+def test_condition_numbers_of_a_result() -> None:
+    kernels = propagate(constant_half(), 5)
+    np.testing.assert_allclose(kernels.condition_number_by_depth[[1, 5]], [9.909509651, 7.96301589], rtol=1e-8)
+    assert kernels.condition_number == kernels.condition_number_by_depth[-1]
+    assert propagate(circle(), 1).condition_number == np.inf
+
+
 def test_result_states_its_convention_and_is_frozen() -> None:
     kernels = propagate(constant_half(), 2, "weight_mean", sigma_b2=0.1, projected=False)
     stated = (kernels.depth, kernels.norm, kernels.activation, kernels.parametrization, kernels.projected)
