@@ -273,6 +273,7 @@ def _batch_norm(module: Any) -> Fields:
         "features": module.num_features,
         "eps": float(module.eps),
         "affine": bool(trained),
+        "neutral": neutral,
         "momentum": module.momentum,
         "track": module.running_mean is not None,
     }

@@ -24,6 +24,7 @@ def kernel_svg(matrix: np.ndarray) -> str:
         An `<svg>` element.
     """
     from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
 
     figure = Figure(figsize=(4.0, 3.4), layout="constrained")
     axes = figure.subplots()
@@ -32,6 +33,8 @@ def kernel_svg(matrix: np.ndarray) -> str:
     limits = (-bound, bound, "RdBu_r") if low < 0 else (0.0, bound, "viridis")
     image = axes.imshow(matrix, vmin=limits[0], vmax=limits[1], cmap=limits[2], interpolation="nearest")
     axes.set(xlabel="column", ylabel="row")
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.set_major_locator(MaxNLocator(nbins=6, integer=True))
     figure.colorbar(image, ax=axes)
     return figure_svg(figure)
 

@@ -119,8 +119,8 @@ class NoCounterpartError(ValueError):
         self.layers = dict(layers)
         listed = "; ".join(f"{name}: {reason}" for name, reason in self.layers.items())
         super().__init__(
-            f"description: must consist of layers that have an analytic counterpart; {len(self.layers)} have none. "
-            f"{listed}. Replace them, or measure the network with ntk.empirical_ntk."
+            f"description: must consist of layers that have an analytic counterpart; without one: {listed}. Replace "
+            "them, or measure the network with ntk.empirical_ntk."
         )
 
 

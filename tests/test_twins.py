@@ -14,7 +14,7 @@ import mimicnorm
 import ntk
 from mimicnorm import models
 from ntk.analytic import from_torch, missing_counterparts, propagate
-from ntk.errors import NoCounterpartError
+from ntk.errors import InputMismatchError, NoCounterpartError
 
 
 class Residual(nn.Module):
@@ -257,12 +257,34 @@ def test_descriptions_that_are_refused() -> None:
         ValueError, match=r"description: must be of format 1 .* received format 7. Describe the network"
     ):
         from_torch(description | {"format": 7})
-    with pytest.raises(
-        TypeError, match=r"description: must be a network .* received Sequential. Pass mimic"
-    ):
+    with pytest.raises(TypeError, match=r"description: must be a network .* received Sequential. Pass mimic"):
         from_torch(dense())
-    with pytest.raises(ValueError, match=r"weight_variance: must name layers .*'8' is none. There are '0'"):
-        from_torch(description, weight_variance={"8": 1.0})
+    with pytest.raises(ValueError, match=r"weight_variance: must be one of '0', '2', '4'; received '1'"):
+        from_torch(description, weight_variance={"1": 1.0})
+    with pytest.raises(ValueError, match=r"weight_variance\['2'\]: must be a finite, positive variance; received -2"):
+        from_torch(description, weight_variance={"2": -2.0})
+    with pytest.raises(ValueError, match=r"description: must have the weight_variance of layer '0'.*meta device"):
+        from_torch(mimicnorm.describe(dense().to("meta")))
+    twin = from_torch(description)
+    with pytest.raises(InputMismatchError, match=r"x: must have the shape \[n, 10\] .* received \[4, 7\]"):
+        twin.kernel_fn(np.zeros((4, 7)))
+    with pytest.raises(ValueError, match=r"params: must be those of the network; None came.*weights=True"):
+        twin.apply_fn(twin.params, ROWS.numpy())
+
+
+def test_a_trained_gain_has_no_counterpart_whether_weights_are_there_or_not() -> None:
+    model = models.fcnn(10, 8, 1, 2)
+    model.norm1.weight.data.fill_(3.0)
+    for weights in (False, True):
+        missing = missing_counterparts(mimicnorm.describe(model, ROWS, weights=weights))
+        assert missing == {"norm1": "batch norm with another gain than 1, or another shift than 0"}
+
+
+def test_an_output_that_is_normalized_says_that_its_kernel_is_a_mean() -> None:
+    model = nn.Sequential(nn.Linear(10, 8), nn.ReLU(), nn.Linear(8, 2), nn.BatchNorm1d(2, affine=False, eps=1e-30))
+    (note,) = from_torch(mimicnorm.describe(model, ROWS)).notes
+    assert "stays random at infinite width" in note
+    assert "normalized_ntk" in note
 
 
 def test_measured_variances() -> None:

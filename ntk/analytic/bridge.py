@@ -14,7 +14,9 @@ import jax.numpy as jnp
 from ntk.analytic import layers
 from ntk.analytic.compat import stax
 from ntk.analytic.counterparts import INPUT, WEIGHTED, Counterpart, Step, counterpart
-from ntk.errors import NoCounterpartError
+from ntk.analytic.messages import require_choice
+from ntk.analytic.norms import require_variance
+from ntk.errors import InputMismatchError, NoCounterpartError
 
 FORMAT = 1
 """Version of the descriptions that are read."""
@@ -69,7 +71,7 @@ def from_torch(
     step = graph.way(graph.output, INPUT)
     if graph.missing:
         raise NoCounterpartError(graph.missing)
-    init_fn, apply_fn, kernel_fn = step.layer if graph.prepare is None else _prepared(step.layer, graph.prepare)
+    init_fn, apply_fn, kernel_fn = _network(step.layer, graph.prepare, description.get("input_shape"))
     return AnalyticNetwork(init_fn, apply_fn, kernel_fn, step.params if graph.has_weights else None, graph.notes)
 
 
@@ -90,19 +92,36 @@ def missing_counterparts(description: Mapping[str, Any]) -> dict[str, str]:
     return graph.missing
 
 
-def _prepared(layer: Any, prepare: Callable[[Any], Any]) -> tuple[Callable[..., Any], ...]:
-    """A network of inputs that are prepared first; its kernel function takes inputs and no Kernel."""
+def _network(
+    layer: Any, prepare: Callable[[Any], Any] | None, input_shape: Sequence[int] | None
+) -> tuple[Callable[..., Any], ...]:
+    """A network whose inputs are checked, and prepared where its first layer is centred: that takes no Kernel."""
     init, apply, kernel = layer
 
+    def ready(x: Any) -> Any:
+        shape = getattr(x, "shape", None)
+        if input_shape is not None and shape is not None and list(shape[1:]) != list(input_shape):
+            raise InputMismatchError(
+                f"x: must have the shape [n, {', '.join(map(str, input_shape))}] that the network was described with; "
+                f"received {list(shape)}. Images are [n, C, H, W], as in PyTorch."
+            )
+        return x if prepare is None else prepare(x)
+
     def init_fn(rng: jax.Array, input_shape: tuple[int, ...]) -> Any:
-        return init(rng, jax.eval_shape(prepare, jax.ShapeDtypeStruct(input_shape, jnp.float32)).shape)
+        return init(rng, jax.eval_shape(ready, jax.ShapeDtypeStruct(input_shape, jnp.float32)).shape)
 
     def apply_fn(params: Any, inputs: jax.Array, **kwargs: Any) -> jax.Array:
-        return apply(params, prepare(inputs), **kwargs)
+        if params is None:
+            raise ValueError(
+                "params: must be those of the network; None came, as the description has no weights. Describe it with "
+                "weights=True, or draw them by init_fn."
+            )
+        return apply(params, ready(inputs), **kwargs)
 
     def kernel_fn(x1: jax.Array, x2: jax.Array | None = None, get: Any = None, **kwargs: Any) -> Any:
-        return kernel(prepare(x1), None if x2 is None else prepare(x2), get, **kwargs)
+        return kernel(ready(x1), None if x2 is None else ready(x2), get, **kwargs)
 
+    kernel_fn.input_req = kernel.input_req  # type: ignore[attr-defined] # what serial and nt.batch read
     return init_fn, apply_fn, kernel_fn
 
 
@@ -133,12 +152,10 @@ class _Graph:
                 "version."
             )
         self.nodes: dict[str, Mapping[str, Any]] = {layer["name"]: layer for layer in description["layers"]}
-        unknown = [name for name in weight_variance if name not in self.nodes]
-        if unknown:
-            raise ValueError(
-                f"weight_variance: must name layers of the description; {unknown[0]!r} is none. There are "
-                f"{', '.join(map(repr, self.nodes))}."
-            )
+        weighted = [name for name, node in self.nodes.items() if node["kind"] in WEIGHTED]
+        for name, variance in weight_variance.items():
+            require_choice("weight_variance", name, weighted, "Name layers that have weights.")
+            require_variance(f"weight_variance[{name!r}]", variance, positive=True)
         self.order = {name: position for position, name in enumerate([INPUT, *self.nodes])}
         self.output = description["layers"][-1]["name"]
         self.missing: dict[str, str] = {}

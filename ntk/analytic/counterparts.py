@@ -20,6 +20,10 @@ INPUT = "input"
 WEIGHTED = ("linear", "conv1d", "conv2d")
 _NUMBERS = {1: ("NCH", "OIH", "NCH"), 2: ("NCHW", "OIHW", "NCHW")}
 _EPSILON_NOTE = "The kernel is that of batch norm without the small number that is added to its variance."
+_OUTPUT_NOTE = (
+    "The output is that of a batch norm, whose kernel stays random at infinite width: this is its mean over "
+    "initializations. For one initialization, see ntk.analytic.normalized_ntk."
+)
 _UNCENTRED = "its weight has zero row means but does not stand directly behind an activation"
 _FROZEN = "its parameters are not trained, and the tangent kernel would count them"
 _NOT_GAUSSIAN = "acts on what is not Gaussian at infinite width"
@@ -158,10 +162,21 @@ def _missing(site: Site, reason: str) -> Counterpart:
 
 
 def _variances(site: Site, fan_in: int) -> dict[str, Any]:
-    """The standard deviations of a layer's weights and biases, in the standard parametrization."""
-    given = site.weight_variance.get(site.name)
-    variance = site.node["weight_variance"] * fan_in if given is None else given
-    bias = math.sqrt(site.node["bias_variance"]) if site.node["bias"] else None
+    """The standard deviations of a layer's weights and biases, in the standard parametrization.
+
+    Raises:
+        ValueError: If no variance is known.
+    """
+    node, variance = site.node, site.weight_variance.get(site.name)
+    if variance is None:
+        if node["weight_variance"] is None or (node["bias"] and node["bias_variance"] is None):
+            raise ValueError(
+                f"description: must have the weight_variance of layer {site.name!r}; it has none, as of a network on "
+                "the meta device. Give the network values, or pass weight_variance by name of layer for one without "
+                "biases."
+            )
+        variance = node["weight_variance"] * fan_in
+    bias = math.sqrt(node["bias_variance"]) if node["bias"] else None
     return {"W_std": math.sqrt(variance), "b_std": bias, "parameterization": "standard"}
 
 
@@ -182,7 +197,7 @@ def _linear(site: Site) -> Counterpart:
     elif node["weight_mean"] and not source.centred:
         if not source.rectified:
             return _missing(site, _UNCENTRED)
-        steps.append(Step(layers.WeightMean(), ()))
+        steps.append(Step(layers.WeightMean(behind="relu"), ()))
     dense = stax.Dense(node["out_features"], **_variances(site, node["in_features"]))
     params = (np.transpose(node["weight"]), _bias(site, (1, -1))) if "weight" in node else None
     return Counterpart((*steps, Step(dense, params, weighted=True)), gaussian=True, prepare=prepare)
@@ -199,7 +214,8 @@ def _conv(site: Site) -> Counterpart:
         return _missing(site, "a grouped or dilated convolution")
     zeros = _padding(site)
     if zeros is None:
-        return _missing(site, f"padding {node['padding']!r} of mode {node['padding_mode']!r}")
+        sizes = f"padding {node['padding']!r}, stride {node['stride']!r}, kernel {node['kernel_size']!r}"
+        return _missing(site, f"{sizes} under padding mode {node['padding_mode']!r}")
     arguments = _variances(site, node["in_channels"] * math.prod(node["kernel_size"])) | {
         "filter_shape": tuple(node["kernel_size"]),
         "strides": tuple(node["stride"]),
@@ -213,7 +229,8 @@ def _conv(site: Site) -> Counterpart:
             steps.append(Step(layers.Pad(zeros, 1), ()))
         triple = stax.Conv(node["out_channels"], padding=zeros if isinstance(zeros, str) else "VALID", **arguments)
     elif source.rectified or source.pending is not None:
-        triple = layers.Conv(node["out_channels"], padding=zeros, activation=source.pending, **arguments)
+        behind = "relu" if source.pending is None else None
+        triple = layers.Conv(node["out_channels"], padding=zeros, activation=source.pending, behind=behind, **arguments)
     else:
         return _missing(site, _UNCENTRED)
     params = (node["weight"], _bias(site, (1, -1) + (1,) * spatial)) if "weight" in node else None
@@ -270,8 +287,7 @@ def _batch_norm(site: Site) -> Counterpart:
         return _missing(site, "batch norm in eval mode, by running statistics; describe the network in train mode")
     if not source.gaussian:
         return _missing(site, _NOT_GAUSSIAN)
-    gain, shift = node.get("weight"), node.get("bias_values")
-    if not (gain is None or np.all(gain == 1)) or not (shift is None or np.all(shift == 0)):
+    if not node["neutral"]:
         return _missing(site, "batch norm with another gain than 1, or another shift than 0")
     slope = None
     if len(site.users) == 1:
@@ -284,8 +300,10 @@ def _batch_norm(site: Site) -> Counterpart:
     shape = (1, -1) + (1,) * source.spatial
     params: Any = ()
     if node["affine"]:
+        gain, shift = node.get("weight"), node.get("bias_values")
         params = None if gain is None or shift is None else (np.reshape(gain, shape), np.reshape(shift, shape))
-    note = _EPSILON_NOTE if node["eps"] else ""
+    notes = (_EPSILON_NOTE if node["eps"] else "", "" if site.users else _OUTPUT_NOTE)
+    note = " ".join(filter(None, notes))
     return Counterpart((Step(norm, params),), spatial=source.spatial, fused=slope is not None, note=note)
 
 

@@ -54,7 +54,7 @@ def require_gram(gram: ArrayLike) -> Array:
         row = int(values.diagonal().argmin())
         raise GramError(
             f"gram: must have a positive diagonal, as correlations divide by it; entry ({row}, {row}) is "
-            f"{values[row, row]}. Remove the input that is zero."
+            f"{values[row, row]}. Remove the input that is zero, or pass a covariance."
         )
     lowest = float(np.linalg.eigvalsh(values)[0])
     if lowest < -tolerance:
@@ -78,7 +78,7 @@ def warn_of_gram(values: Array, relative: float) -> None:
     if pairs.size:
         first, second = (int(index) for index in pairs[0])
         warnings.warn(
-            f"gram: should hold distinct inputs; {len(pairs)} pairs coincide up to rounding and scale, the first "
+            f"gram: should hold distinct inputs; {len(pairs)} pair(s) coincide up to rounding and scale, the first "
             f"({first}, {second}) with correlation {rho[first, second]:.17g}. Kernels are singular (κ = ∞), and off "
             "the diagonal at correlation 1 an angle is known to √ε only: 2e-9 per layer for ReLU. Remove duplicates.",
             CoincidentPointsWarning,

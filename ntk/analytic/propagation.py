@@ -148,8 +148,8 @@ def _require_norm_of_options(norm: str, **options: Mapping[str, bool]) -> None:
         named = [name for name, is_given in given.items() if is_given]
         if named and owner != norm:
             raise ValueError(
-                f"{', '.join(named)}: require norm={owner!r}, the only one that they concern; received norm={norm!r}. "
-                "Leave them out."
+                f"{', '.join(named)}: only for norm={owner!r}, without effect elsewhere; received norm={norm!r}. Leave "
+                "out what has no effect."
             )
 
 

@@ -160,8 +160,8 @@ def run_recursion(layer: Layer, gram: Array, depth: int, *, every_depth: bool) -
         if not usable:
             raise ValueError(
                 f"depth: must keep the kernels within float64; at depth {index} of {depth} they overflow or vanish "
-                "(weight mean multiplies the NTK by 1.46694 per layer, BatchNorm by 1.788 at B = 8). Lower depth, "
-                "or take sigma_w2=None for the stable weight variance."
+                "(weight-mean ReLU multiplies the NTK by 1.46694 per layer, BatchNorm by 1.788 at B = 8, a polynomial "
+                "by more and more). Lower depth, or take the stable weight variance, sigma_w2=None."
             )
         if not every_depth:
             nngp.clear()

@@ -11,6 +11,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from ntk.analytic.activations import DualActivation, dual_activation
 from ntk.analytic.compat import stax
@@ -24,22 +25,32 @@ _IMAGES = ("NHWC", "HWIO", "NHWC")
 
 
 @stax.layer
-def WeightMean(activation: str | DualActivation | None = None, channel_axis: int = -1) -> Any:
+def WeightMean(
+    activation: str | DualActivation | None = None,
+    channel_axis: int = -1,
+    *,
+    behind: str | DualActivation | None = None,
+) -> Any:
     """Subtract from each sample its mean over the channels; a Dense layer behind it has weights of zero row mean.
 
-    Behind ``stax.Relu`` (or any ReLU of unit slope) it needs no argument: the mean of a ReLU follows from its second
-    moment. With an activation it applies that first and then subtracts. The stable ``W_std`` of the Dense layer is the
-    root of ``ntk.analytic.stable_weight_variance(activation, "weight_mean")``. Before ``stax.Conv`` or ``Flatten`` it
-    is *not* weight mean, which takes one scalar from a patch: that is :func:`Conv`.
+    With ``activation`` it applies that first and then subtracts. With ``behind="relu"`` it stands directly behind a ReLU
+    such as ``stax.Relu``, whose mean follows from its second moment; what stands before a layer no Kernel tells, so
+    that behind a pooling, or another activation than the one named, the kernel would be wrong. The stable ``W_std`` of
+    the Dense layer is the root of ``ntk.analytic.stable_weight_variance(activation, "weight_mean")``. Before
+    ``stax.Conv`` or ``Flatten`` it is *not* weight mean, which takes one scalar from a patch: that is :func:`Conv`.
 
     Args:
-        activation: Name of the activation to apply first, or the dual activation; None directly behind a ReLU.
+        activation: Name of the activation to apply first, or the dual activation.
         channel_axis: Axis of the channels.
+        behind: The activation that the layer stands directly behind, one that is linear on both sides of zero.
 
     Returns:
         (init_fn, apply_fn, kernel_fn).
+
+    Raises:
+        ValueError: If not one of ``activation`` and ``behind`` is given, or ``behind`` is of another form.
     """
-    dual = None if activation is None else dual_activation(activation)
+    dual, before = _activations(activation, behind)
 
     def init_fn(rng: jax.Array, input_shape: tuple[int, ...]) -> tuple[tuple[int, ...], tuple]:
         return input_shape, ()
@@ -52,7 +63,7 @@ def WeightMean(activation: str | DualActivation | None = None, channel_axis: int
     def kernel_fn(k: Any, **kwargs: object) -> Any:
         if dual is not None:
             return activate(k, dual, centred=True)
-        means = _rectified_means(k)
+        means = _means_behind(k, before)
         return map_covariances(k, lambda sides: sides.covariance - sides.left * sides.right, *means)
 
     return init_fn, apply_fn, kernel_fn
@@ -69,6 +80,7 @@ def Conv(
     dimension_numbers: tuple[str, str, str] | None = None,
     parameterization: str = "ntk",
     activation: str | DualActivation | None = None,
+    behind: str | DualActivation | None = None,
 ) -> Any:
     """A convolution whose weights have zero mean over input channels and offsets.
 
@@ -84,14 +96,18 @@ def Conv(
         b_std: σb; None without bias.
         dimension_numbers: As in ``stax.Conv``; None for channels last.
         parameterization: "ntk" or "standard".
-        activation: Name of the activation to apply first, or the dual activation; None directly behind a ReLU.
+        activation: Name of the activation to apply first, or the dual activation.
+        behind: The activation that the layer stands directly behind, see :func:`WeightMean`.
 
     Returns:
         (init_fn, apply_fn, kernel_fn).
+
+    Raises:
+        ValueError: If not one of ``activation`` and ``behind`` is given, or ``behind`` is of another form.
     """
-    dual = None if activation is None else dual_activation(activation)
+    dual, before = _activations(activation, behind)
     if W_std is None:
-        W_std = math.sqrt(stable_weight_variance(dual or "relu", "weight_mean", (b_std or 0.0) ** 2))
+        W_std = math.sqrt(stable_weight_variance(before if dual is None else dual, "weight_mean", (b_std or 0.0) ** 2))
     numbers = dimension_numbers or _IMAGES
     channel_axis = numbers[0].index("C")
     surround = None if isinstance(padding, str) else Pad(padding, channel_axis)
@@ -121,7 +137,7 @@ def Conv(
     )
     def kernel_fn(k: Any, **kwargs: object) -> Any:
         activated = k if dual is None else activate(k, dual)
-        means = _rectified_means(k) if dual is None else tuple(map(dual.forms.mean, variances(k)))
+        means = _means_behind(k, before) if dual is None else tuple(map(dual.forms.mean, variances(k)))
         if surround is not None and not isinstance(padding, str):
             activated, means = surround[2](activated), tuple(pad_positions(mean, padding, k) for mean in means)
         first, second = _patch_means(activated, means, patch_mean)
@@ -139,20 +155,47 @@ def Conv(
     return init_fn, apply_fn, kernel_fn
 
 
-def _rectified_means(kernel: Any) -> tuple[jax.Array, jax.Array]:
-    """E[φ] on both sides of a Kernel behind a ReLU, whose mean at second moment v is √(v/π).
+def _activations(
+    activation: str | DualActivation | None, behind: str | DualActivation | None
+) -> tuple[DualActivation | None, DualActivation]:
+    """The activation to apply, None if it has been applied, and the one that was or will be.
+
+    Raises:
+        ValueError: If not one of the two is given, or the mean of ``behind`` does not follow from its second moment.
+    """
+    if activation is not None and behind is None:
+        dual = dual_activation(activation)
+        return dual, dual
+    if activation is not None or behind is None:
+        raise ValueError(
+            "activation, behind: one of the two must say which activation is centred, as no Kernel tells it; received "
+            f"activation={activation!r}, behind={behind!r}. Pass activation='gelu' to apply it here, or behind='relu' "
+            "directly behind stax.Relu."
+        )
+    before = dual_activation(behind)
+    if before.negative_slope is None:
+        raise ValueError(
+            "behind: must be 'relu' or another activation that is linear on both sides of zero, whose mean follows "
+            f"from its second moment; received {before.name!r}. Pass activation={before.name!r}, in place of the "
+            "layer before."
+        )
+    return None, before
+
+
+def _means_behind(kernel: Any, behind: DualActivation) -> tuple[jax.Array, jax.Array]:
+    """E[φ] on both sides of a Kernel behind a homogeneous activation: a fixed multiple of the root of E[φ²].
 
     Raises:
         NotGaussianError: If the Kernel is that of pre-activations.
     """
     if kernel.is_gaussian:
         raise NotGaussianError(
-            "activation: must be given where the layer does not stand directly behind a ReLU, as the mean of an "
-            "activation does not follow from its second moment; None came with Gaussian pre-activations. Pass "
-            "activation='relu', or put stax.Relu before."
+            f"behind: the layer must stand directly behind {behind.name!r}; what came are Gaussian pre-activations. "
+            f"Pass activation={behind.name!r} to apply it here, or put it before."
         )
+    ratio = float(behind.mean() / np.sqrt(behind.second_moment))
     first, second = variances(kernel)
-    return jnp.sqrt(first / jnp.pi), jnp.sqrt(second / jnp.pi)
+    return ratio * jnp.sqrt(first), ratio * jnp.sqrt(second)
 
 
 def _patch_means(kernel: Any, means: tuple[jax.Array, ...], convolve: Any) -> tuple[jax.Array, jax.Array]:

@@ -59,7 +59,7 @@ def test_dense_networks_follow_the_recursion(activation: str, norm: str) -> None
 
 def test_weight_mean_behind_a_relu_of_stax() -> None:
     x = inputs(6)
-    kernels = dense(stax.Relu(), layers.WeightMean(), depth=5, deviation=STABLE)[2](x)
+    kernels = dense(stax.Relu(), layers.WeightMean(behind="relu"), depth=5, deviation=STABLE)[2](x)
     expected = propagate(gram(x), 5, "weight_mean")
     np.testing.assert_allclose(kernels.nngp, expected.nngp, rtol=1e-12)
     np.testing.assert_allclose(kernels.ntk, expected.ntk, rtol=1e-12)
@@ -184,7 +184,7 @@ def test_weight_mean_convolution_sums_over_its_patch(padding: str, activation: s
     if fused:
         behind = [layers.Conv(8, (3, 3), activation=activation, **options)]
     elif activation == "relu":
-        behind = [stax.Relu(), layers.Conv(8, (3, 3), **options)]
+        behind = [stax.Relu(), layers.Conv(8, (3, 3), behind="relu", **options)]
     else:
         return
     network = stax.serial(stax.Conv(8, (1, 1), W_std=1.0), *behind)
@@ -353,10 +353,28 @@ def test_what_has_no_kernel() -> None:
         stax.serial(stax.Dense(8), layers.Activation(), layers.WeightMean("gelu"))[2](x)
     with pytest.raises(NotGaussianError, match="'BatchNormRelu' must act on Gaussian"):
         stax.serial(stax.Dense(8), stax.Relu(), layers.BatchNormRelu())[2](x)
-    with pytest.raises(NotGaussianError, match=r"activation: must be given .*None came.*Pass activation='relu'"):
-        stax.serial(stax.Dense(8), layers.WeightMean())[2](x)
-    with pytest.raises(NotGaussianError, match="activation: must be given"):
-        stax.serial(stax.Conv(8, (1, 1)), layers.Conv(8, (3, 3)))[2](images(2))
+    with pytest.raises(NotGaussianError, match=r"behind: .* directly behind 'relu'.*Pass activation='relu'"):
+        stax.serial(stax.Dense(8), layers.WeightMean(behind="relu"))[2](x)
+    with pytest.raises(NotGaussianError, match="behind: the layer must stand directly behind 'abs'"):
+        stax.serial(stax.Conv(8, (1, 1)), layers.Conv(8, (3, 3), behind="abs"))[2](images(2))
+
+
+@pytest.mark.parametrize("build", [layers.WeightMean, lambda **options: layers.Conv(8, (3, 3), **options)])
+def test_weight_mean_is_told_what_it_centres(build: Any) -> None:
+    with pytest.raises(ValueError, match=r"activation, behind: one of the two must say .*activation=None, behind=None"):
+        build()
+    with pytest.raises(ValueError, match=r"activation, behind: one of the two .*activation='relu', behind='relu'"):
+        build(activation="relu", behind="relu")
+    with pytest.raises(ValueError, match=r"behind: must be 'relu' or another .* 'gelu'\. Pass activation='gelu'"):
+        build(behind="gelu")
+
+
+@pytest.mark.parametrize("slope", [0.2, -1.0])
+def test_weight_mean_behind_other_homogeneous_activations(slope: float) -> None:
+    x, dual = inputs(6), leaky_relu(slope)
+    kernels = dense(layers.Activation(dual), layers.WeightMean(behind=dual), depth=3, deviation=1.3)[2](x)
+    expected = propagate(gram(x), 3, "weight_mean", dual, 1.3**2)
+    np.testing.assert_allclose(kernels.ntk, expected.ntk, rtol=1e-11)
 
 
 def test_what_batch_norm_refuses() -> None:

@@ -356,7 +356,7 @@ def test_single_precision_gram_beyond_its_precision() -> None:
 def test_coincident_points() -> None:
     gram = random_covariance(4, 1)
     index = [0, 1, 2, 3, 1]
-    with pytest.warns(CoincidentPointsWarning, match=r"1 pairs coincide.*first \(1, 4\) with correlation 1.*κ = ∞"):
+    with pytest.warns(CoincidentPointsWarning, match=r"1 pair\(s\) coincide.*first \(1, 4\) with correlation 1.*κ = ∞"):
         repeated = propagate(gram[np.ix_(index, index)], 2)
     # Off the diagonal a correlation of one is known to ε, and its angle to √ε.
     np.testing.assert_allclose(repeated.ntk, propagate(gram, 2).ntk[np.ix_(index, index)], rtol=1e-7)

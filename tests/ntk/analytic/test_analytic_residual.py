@@ -249,7 +249,7 @@ def test_exponents_that_do_not_exist() -> None:
         ({"branch_scale": lambda number: 1 / (number - 2) if number != 2 else math.nan}, "nan for block 2"),
         ({"norm": "layer_norm"}, "norm: must be one of"),
         ({"gram": [[1.0, 2.0], [2.0, 1.0]]}, "gram: must be positive semi-definite"),
-        ({"projected": False}, "projected: require norm='weight_mean'"),
+        ({"projected": False}, "projected: only for norm='weight_mean'"),
         ({"norm": "batch_norm"}, r"gram \(number of rows\): must be an integer of at least 4; received 2"),
         (
             {"branch_scale": "one", "blocks": 1100},
