@@ -49,7 +49,8 @@ def describe(model: nn.Module, example_input: Any = None, *, weights: bool = Fal
     | linear | in_features, out_features, bias, weight_mean, trainable, weight_variance, bias_variance |
     | conv1d, conv2d | in_channels, out_channels, kernel_size, stride, padding (list or "same"), padding_mode, dilation,
       groups, and from bias on as linear |
-    | batch_norm | features, eps, affine (a trainable gain or shift), neutral (gain 1 and shift 0), momentum, track |
+    | batch_norm | features, eps, affine (a trainable gain and shift), neutral (gain 1, shift 0; None on meta),
+      momentum, track |
     | activation | activation: relu, leaky_relu (negative_slope), gelu, gelu_tanh, silu, tanh, erf, sine or abs |
     | avg_pool | kernel_size, stride, padding, count_include_pad |
     | global_avg_pool | keepdim |

@@ -244,7 +244,7 @@ def _weighted(module: nn.Linear | nn.Conv1d | nn.Conv2d, rank: int | None, proje
     return fields | {
         "bias": module.bias is not None,
         "weight_mean": centred,
-        "trainable": weight.requires_grad,
+        "trainable": weight.requires_grad and (module.bias is None or module.bias.requires_grad),
         "weight_variance": _weight_variance(weight.detach(), centred=centred),
         "bias_variance": None if module.bias is None else _mean_square(module.bias.detach()),
     }
@@ -264,9 +264,15 @@ def _mean_square(values: Tensor) -> float | None:
 
 
 def _batch_norm(module: Any) -> Fields:
-    trained = [part for part in (module.weight, module.bias) if part is not None and part.requires_grad]
-    neutral = module.weight is None or bool((module.weight == 1).all() and (module.bias == 0).all())
-    if not trained and not neutral:
+    parts = [part for part in (module.weight, module.bias) if part is not None]
+    trained = [part for part in parts if part.requires_grad]
+    if len(trained) == 1:
+        raise UnsupportedError("trains its gain or its shift, not both")
+    neutral: bool | None = True
+    if parts:
+        known = not any(part.is_meta for part in parts)
+        neutral = bool((module.weight == 1).all() and (module.bias == 0).all()) if known else None
+    if not trained and neutral is False:
         raise UnsupportedError("has a frozen gain or shift other than 1 and 0")
     return {
         "kind": "batch_norm",

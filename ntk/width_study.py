@@ -256,6 +256,7 @@ def _kernel(value: np.ndarray | KernelResult, name: str, shape: tuple[int, ...] 
 
     Raises:
         ConventionError: Its outputs are not reduced.
+        TypeError: It is a pair of kernels.
         ValueError: It is not square, or not of the shape asked for.
         NonFiniteKernelError: It is not finite.
     """
@@ -264,6 +265,8 @@ def _kernel(value: np.ndarray | KernelResult, name: str, shape: tuple[int, ...] 
             f"{name}: must be a kernel with reduced outputs, [n, n]; received reduce='none'. Take reduce='trace' or "
             "reduce='sum', or kernel.trace_mean()."
         )
+    if hasattr(value, "nngp"):
+        raise TypeError(f"{name}: must be one kernel; received {type(value).__name__}, which hold two. Pass its .ntk.")
     matrix = np.asarray(value, dtype=np.float64)
     if matrix.ndim != 2 or matrix.shape[0] != matrix.shape[1] or (shape is not None and matrix.shape != shape):
         wanted = "a square matrix [n, n]" if shape is None else f"of shape {shape}, that of the analytic kernel"

@@ -14,6 +14,7 @@ import mimicnorm
 import ntk
 from mimicnorm import models
 from ntk.analytic import from_torch, missing_counterparts, propagate
+from ntk.analytic.compat import stax
 from ntk.errors import InputMismatchError, NoCounterpartError
 
 
@@ -102,6 +103,10 @@ NETWORKS = {
     ),
     "conv": (convolutional, IMAGES),
     "conv, circular": (lambda: convolutional("circular", 1), IMAGES),
+    "conv, even filter": (
+        lambda: nn.Sequential(nn.Conv2d(3, 4, 4, padding="same"), nn.ReLU(), nn.Flatten(), nn.Linear(80, 2)),
+        IMAGES,
+    ),
     "conv, batch norm": (batch_norm, IMAGES),
     "conv, batch norm without gain": (lambda: batch_norm(affine=False), IMAGES),
     "conv, weight mean": (lambda: mimic(convolutional(), IMAGES, ("0", "6")), IMAGES),
@@ -127,6 +132,7 @@ def jacobian_kernel(apply_fn: Callable, params: object, x: np.ndarray) -> np.nda
     return np.einsum("iop,jop->ij", rows, rows) / rows.shape[1]
 
 
+@pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel lengths")
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=["float64", "float32"])
 @pytest.mark.parametrize("name", NETWORKS)
 def test_same_weights_same_network(name: str, dtype: torch.dtype) -> None:
@@ -227,6 +233,11 @@ def test_a_frozen_bn_network_needs_train_mode() -> None:
         (nn.Sequential(nn.Linear(10, 8), nn.BatchNorm1d(8), nn.Tanh(), nn.Linear(8, 3)), ROWS, {"2": "not Gaussian"}),
         (nn.Sequential(nn.Linear(10, 8), Residual(nn.ReLU())), ROWS, {"1.": "not Gaussian"}),
         (nn.Sequential(nn.Linear(10, 8), Residual(nn.Identity())), ROWS, {"": "not independent"}),
+        (
+            nn.Sequential(nn.Conv2d(3, 6, 3), nn.AvgPool2d(2, padding=1, count_include_pad=False), nn.Flatten()),
+            IMAGES,
+            {"1": "leaves the padding out"},
+        ),
     ],
 )
 def test_what_has_no_counterpart(model: nn.Module, x: torch.Tensor, expected: dict[str, str]) -> None:
@@ -299,3 +310,29 @@ def test_measured_variances() -> None:
     # 400 × 400 and 400 × 10 uniform weights: their mean squares err by √(4/5)/√count.
     tolerance = 4 * math.sqrt(0.8 * (1 / 4000 + 1 / 160000 + 1 / 1200))
     np.testing.assert_allclose(found, expected, rtol=tolerance)
+
+
+def test_frozen_parts_have_no_counterpart() -> None:
+    for path in ("0.bias", "2.weight"):
+        model = dense()
+        model.get_parameter(path).requires_grad_(False)
+        assert missing_counterparts(mimicnorm.describe(model, ROWS)) == {
+            path[0]: "its parameters are not trained, and the tangent kernel would count them"
+        }
+    model = models.fcnn(10, 8, 1, 2)
+    model.norm1.bias.requires_grad_(False)
+    assert "not both" in missing_counterparts(mimicnorm.describe(model, ROWS))["norm1"]
+
+
+def test_a_centred_layer_behind_a_pooling_has_no_counterpart() -> None:
+    model = nn.Sequential(
+        nn.Conv2d(3, 6, 3), nn.ReLU(), nn.AvgPool2d((2, 2), 1), nn.Conv2d(6, 4, (1, 2)), nn.Flatten(), nn.Linear(4, 2)
+    )
+    centred = mimic(model, IMAGES, ("0", "5"))
+    assert "directly behind an activation" in missing_counterparts(mimicnorm.describe(centred, IMAGES.double()))["3"]
+
+
+def test_a_centred_stem_takes_inputs_only() -> None:
+    twin = from_torch(mimicnorm.describe(mimic(convolutional(), IMAGES, ("6",)), IMAGES.double()))
+    with pytest.raises(TypeError, match=r"x: must be the network's input where its first layer is centred"):
+        stax.serial(stax.Identity(), twin.layer)[2](IMAGES.numpy())

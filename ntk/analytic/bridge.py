@@ -44,7 +44,7 @@ class AnalyticNetwork:
 
     @property
     def layer(self) -> tuple[Callable[..., Any], Callable[..., Any], Callable[..., Any]]:
-        """The triple that ``stax.serial`` and the other combinators take."""
+        """The triple that ``stax.serial`` takes; first in it, and not where the network centres its first layer."""
         return self.init_fn, self.apply_fn, self.kernel_fn
 
 
@@ -104,6 +104,11 @@ def _network(
             raise InputMismatchError(
                 f"x: must have the shape [n, {', '.join(map(str, input_shape))}] that the network was described with; "
                 f"received {list(shape)}. Images are [n, C, H, W], as in PyTorch."
+            )
+        if prepare is not None and shape is None:
+            raise TypeError(
+                "x: must be the network's input where its first layer is centred, as the mean of a patch follows "
+                f"from no covariance; received {type(x).__name__}. Call kernel_fn on inputs, outside of stax.serial."
             )
         return x if prepare is None else prepare(x)
 

@@ -1,11 +1,12 @@
 """The tangent kernel behind a last BatchNorm, linearized at the present outputs: docs/mathematics.md §7.3."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import ArrayLike
 
 from ntk.analytic.dynamics import TrainingDynamics, training_dynamics
+from ntk.analytic.gram import rounding
 from ntk.analytic.precision import Array, read_only
 from ntk.analytic.tangent import by_output, require_kernel, require_outputs, require_shape
 
@@ -26,6 +27,8 @@ class NormalizedKernel:
         epsilon: ε.
         test_ntk: Between test points, normalized by the statistics of the batch, and the batch [C, t, m]; or None.
         test_outputs: Outputs of the test points, normalized by the statistics of the batch [t, C]; or None.
+        relative_rounding: Rounding of the entries of Θ̂, relative to its largest eigenvalue: that of the dtype of Θ, of
+            whose largest eigenvalue BatchNorm may have taken most.
     """
 
     ntk: Array
@@ -34,6 +37,7 @@ class NormalizedKernel:
     epsilon: float
     test_ntk: Array | None = None
     test_outputs: Array | None = None
+    relative_rounding: float = float(np.finfo(np.float64).eps)
 
     def __post_init__(self) -> None:
         """Make every array a read-only float64 copy."""
@@ -70,7 +74,7 @@ class NormalizedKernel:
         Raises:
             ValueError: If the targets do not have the shape of the outputs, or are not finite.
         """
-        return training_dynamics(
+        dynamics = training_dynamics(
             self.ntk,
             require_shape("targets", targets, self.outputs.shape),
             initial=self.outputs,
@@ -78,6 +82,7 @@ class NormalizedKernel:
             test_initial=self.test_outputs,
             averaged=averaged,
         )
+        return replace(dynamics, relative_rounding=max(dynamics.relative_rounding, self.relative_rounding))
 
 
 def normalized_ntk(
@@ -128,6 +133,8 @@ def normalized_ntk(
     cross = first = None
     if test_ntk is not None or test_outputs is not None:
         cross, first = _test_points(kernel, logits, test_ntk, test_outputs, batch)
+    # Rounding is relative to Θ, and Θ̂ may be small against it.
+    scale = values[..., -1] / batch.deviation[:, 0] ** 2 / np.linalg.eigvalsh(squared)[..., -1]
     single = logits.ndim == 1
     return NormalizedKernel(
         ntk=squared[0] if single else squared,
@@ -136,6 +143,7 @@ def normalized_ntk(
         epsilon=float(epsilon),
         test_ntk=cross,
         test_outputs=first,
+        relative_rounding=rounding(ntk) * max(1.0, float(np.max(scale))),
     )
 
 

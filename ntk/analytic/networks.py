@@ -15,7 +15,7 @@ from ntk.analytic.batch_requirements import require_homogeneous
 from ntk.analytic.compat import stax
 from ntk.analytic.messages import require_choice, require_integer
 from ntk.analytic.norms import require_norm, require_variance, stable_weight_variance
-from ntk.analytic.residual import branch_scales
+from ntk.analytic.residual import branch_scales, branch_variance
 
 READOUTS = ("pool", "flatten")
 _DEPTH = "It counts activations: a network with D of them has D + 1 weight matrices."
@@ -138,7 +138,8 @@ def pre_activation_resnet(
             number.
         filter_shape: Size of the filters of a convolutional network; None for a fully connected one.
         padding: "SAME" or "CIRCULAR".
-        sigma_w2: Weight variance in the branches; None for the stable one, 2 under batch norm.
+        sigma_w2: Weight variance in the branches; None for the stable one, 2 under batch norm and
+            with ``branch_scale="mimicnorm"``.
         affine: Whether batch norm has a trainable gain and shift.
 
     Returns:
@@ -150,8 +151,7 @@ def pre_activation_resnet(
     require_integer("blocks", blocks, 1, "Pass the number of residual additions.")
     require_integer("branch_depth", branch_depth, 1, "Pass the number of (activation, linear) layers of F.")
     scales = branch_scales(branch_scale, blocks, branch_depth)
-    unit = 2.0 if norm == "batch_norm" and sigma_w2 is None else sigma_w2
-    kind = _Kind(norm, activation, unit, 0.0, "ntk", affine)
+    kind = _Kind(norm, activation, branch_variance(sigma_w2, norm, branch_scale), 0.0, "ntk", affine)
 
     def layer(gain: float) -> list[Any]:
         if filter_shape is None:

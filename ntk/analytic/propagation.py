@@ -186,7 +186,7 @@ def _require_width(width: int | Sequence[int] | None, depth: int) -> tuple[int, 
     next_step = f"Pass one int, or {depth + 1} ints (input dimension first, then the hidden widths)."
     if width is None:
         raise ValueError(f"width: required here; received None. {reason} {next_step}")
-    widths = list(width) if isinstance(width, Sequence) else [width] * (depth + 1)
+    widths = list(width) if isinstance(width, Sequence | np.ndarray) else [width] * (depth + 1)
     if len(widths) != depth + 1:
         raise ValueError(
             f"width: must hold depth + 1 = {depth + 1} fan-ins; received {len(widths)}. {reason} {next_step}"

@@ -9,8 +9,8 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from ntk.analytic.activations import DualActivation, dual_activation
+from ntk.analytic.batch_requirements import require_homogeneous
 from ntk.analytic.messages import require_choice, require_integer
-from ntk.analytic.norms import stable_weight_variance
 from ntk.analytic.precision import Array, read_only
 from ntk.analytic.propagation import propagate
 from ntk.analytic.recursion import BatchNormLayer, GaussianLayer, Layer, Parametrization
@@ -200,17 +200,14 @@ def propagate_residual(
     last = require_integer("blocks", blocks, 1, "Pass the number of residual additions.")
     depth = require_integer("branch_depth", branch_depth, 1, "Pass the number of (activation, linear) layers of F.")
     scales = branch_scales(branch_scale, last, depth)
-    if sigma_w2 is None and branch_scale == "mimicnorm":
-        sigma_w2 = CODE_VARIANCE
+    unit = branch_variance(sigma_w2, norm, branch_scale)
     # One layer of the plain network refuses what a branch cannot take.
-    first = propagate(gram, 1, norm, activation, sigma_w2, projected=projected, statistics=statistics)
-    dual, linear = dual_activation(activation), Parametrization("ntk", None, False)
+    first = propagate(gram, 1, norm, activation, unit, projected=projected, statistics=statistics)
+    dual, linear, weight = dual_activation(activation), Parametrization("ntk", None, False), first.sigma_w2
     layer: Layer
     if norm == "batch_norm":
-        weight = 2.0 if sigma_w2 is None else first.sigma_w2
-        layer = BatchNormLayer(dual.negative_slope or 0.0, len(first.nngp), statistics, weight, linear)
+        layer = BatchNormLayer(require_homogeneous(dual, 0.0), len(first.nngp), statistics, weight, linear)
     else:
-        weight = stable_weight_variance(dual, norm) if sigma_w2 is None else first.sigma_w2
         layer = GaussianLayer(dual, norm, weight, 0.0, linear, projected)
     nngp, ntk = _run(layer, first.nngp_by_depth[0], scales, depth, every_block=every_block)
     return ResidualKernels(
@@ -253,6 +250,22 @@ def _run(layer: Layer, gram: Array, scales: Array, depth: int, *, every_block: b
     if not every_block:
         kept[:, 0] = nngp, ntk
     return kept[0], kept[1]
+
+
+def branch_variance(sigma_w2: float | None, norm: str, branch_scale: str | Callable[[int], float]) -> float | None:
+    """Return the weight variance in the branches, where it is not the stable one.
+
+    Args:
+        sigma_w2: What was asked for; None for the default.
+        norm: Normalization.
+        branch_scale: The rule for α_l.
+
+    Returns:
+        The variance: 2 under batch norm, for unit gain, and with the scale of MimicNorm's code; None if it is stable.
+    """
+    if sigma_w2 is None and (norm == "batch_norm" or branch_scale == "mimicnorm"):
+        return CODE_VARIANCE
+    return sigma_w2
 
 
 def branch_scales(branch_scale: str | Callable[[int], float], blocks: int, branch_depth: int) -> Array:

@@ -6,7 +6,7 @@ weights act one after the other: batch 1 splits the joint covariance once, batch
 Derivation: docs/mathematics.md §5.6.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -149,7 +149,7 @@ def _require_sizes(sizes: Sequence[int], n: int) -> tuple[int, int]:
         BatchTooSmallError: If a batch has 3 rows or fewer.
         ValueError: If they are not two, or do not add up to the rows.
     """
-    values = tuple(sizes)
+    values = tuple(sizes) if isinstance(sizes, Iterable) else (sizes,)
     if len(values) == 2:
         first, second = (require_batch_size(f"sizes[{index}]", size) for index, size in enumerate(values))
         if first + second == n:

@@ -106,7 +106,15 @@ def test_convolutions() -> None:
 
 
 def test_batch_norms() -> None:
-    expected = {"kind": "batch_norm", "features": 4, "eps": 1e-5, "affine": True, "momentum": 0.1, "track": True}
+    expected = {
+        "kind": "batch_norm",
+        "features": 4,
+        "eps": 1e-5,
+        "affine": True,
+        "neutral": True,
+        "momentum": 0.1,
+        "track": True,
+    }
     assert one(nn.BatchNorm2d(4)) == expected
     assert one(LastBatchNorm1d(4)) == expected | {"affine": False}
     assert one(ExactBatchNorm1d(4, eps=0.0, momentum=None)) == expected | {"eps": 0.0, "momentum": None}

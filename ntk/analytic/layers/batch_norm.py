@@ -14,15 +14,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from ntk.analytic.activations import leaky_relu
 from ntk.analytic.batch_norm import STATISTICS, batch_norm_layer, traced_batch_norm_layer
 from ntk.analytic.batch_requirements import require_batch, require_batch_size
 from ntk.analytic.compat import stax
 from ntk.analytic.gram import rounding
 from ntk.analytic.layers.activation import require_gaussian
 from ntk.analytic.messages import require_choice
+from ntk.analytic.norms import require_variance
 from ntk.analytic.precision import double_precision
 from ntk.analytic.two_batches import two_batch_layer
-from ntk.errors import BatchTilingError, MaskError
+from ntk.errors import BatchOfOneError, BatchTilingError, MaskError
 
 _WHOLE = stax.Diagonal(input=stax.Bool.NO)
 _BATCHING = "neural_tangents._src.batching"
@@ -57,9 +59,11 @@ def BatchNormRelu(
         (init_fn, apply_fn, kernel_fn).
 
     Raises:
-        ValueError: If ``statistics`` is none of these, or ``n_statistics`` is below 4.
+        ValueError: If ``statistics`` is none of these, ``n_statistics`` is below 4, or a number is not admissible.
     """
     require_choice("statistics", statistics, STATISTICS, "Take 'differentiated' for train mode.")
+    require_variance("epsilon", epsilon, positive=False)
+    leaky_relu(negative_slope)
     if n_statistics is not None:
         require_batch_size("n_statistics", n_statistics)
 
@@ -72,6 +76,12 @@ def BatchNormRelu(
         _refuse_tiles(_TILING)
         axes = tuple(axis for axis in range(inputs.ndim) if axis != channel_axis % inputs.ndim)
         batch = inputs[:n_statistics]
+        if batch.size == batch.shape[channel_axis]:
+            raise BatchOfOneError(
+                "inputs: must hold two values or more per channel under BatchNormRelu; received shape "
+                f"{inputs.shape}, whose variance is zero. Pass a batch, and vmap_axes=None to nt.empirical_ntk_fn, "
+                "which otherwise takes the samples one by one."
+            )
         mean, variance = batch.mean(axes, keepdims=True), batch.var(axes, keepdims=True)
         if statistics == "constant":
             mean = jax.lax.stop_gradient(mean)

@@ -33,11 +33,12 @@ def WeightMean(
 ) -> Any:
     """Subtract from each sample its mean over the channels; a Dense layer behind it has weights of zero row mean.
 
-    With ``activation`` it applies that first and then subtracts. With ``behind="relu"`` it stands directly behind a ReLU
-    such as ``stax.Relu``, whose mean follows from its second moment; what stands before a layer no Kernel tells, so
-    that behind a pooling, or another activation than the one named, the kernel would be wrong. The stable ``W_std`` of
-    the Dense layer is the root of ``ntk.analytic.stable_weight_variance(activation, "weight_mean")``. Before
-    ``stax.Conv`` or ``Flatten`` it is *not* weight mean, which takes one scalar from a patch: that is :func:`Conv`.
+    With ``activation`` it applies that first and then subtracts. With ``behind="relu"`` it stands directly behind a
+    ReLU such as ``stax.Relu``, whose mean follows from its second moment; what stands before a layer no Kernel tells,
+    so that behind a pooling, or another activation than the one named, the kernel would be wrong. The stable
+    ``W_std`` of the Dense layer is the root of ``ntk.analytic.stable_weight_variance(activation, "weight_mean")``.
+    Before ``stax.Conv`` or ``Flatten`` it is *not* weight mean, which takes one scalar from a patch: that is
+    :func:`Conv`.
 
     Args:
         activation: Name of the activation to apply first, or the dual activation.

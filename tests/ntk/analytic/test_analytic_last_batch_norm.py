@@ -279,3 +279,13 @@ def test_result_is_frozen_and_its_dynamics_draw_themselves() -> None:
     with pytest.raises(ValueError, match="read-only"):
         ours.ntk[0, 0, 0] = 1
     assert "14 of 16 modes train" in ours.dynamics(np.zeros((M, C)))._repr_html_()
+
+
+def test_a_single_precision_kernel_keeps_its_rank_behind_batch_norm() -> None:
+    rng = np.random.default_rng(0)
+    features, outputs = rng.standard_normal((12, 4)), rng.standard_normal(12)
+    exact = features @ features.T
+    ranks = [
+        normalized_ntk(exact.astype(dtype), outputs).dynamics(np.zeros(12)).rank for dtype in (np.float64, np.float32)
+    ]
+    assert ranks == [4, 4]

@@ -13,7 +13,14 @@ import pytest
 
 from ntk.analytic import dual_activation, layers, leaky_relu, propagate, propagate_two_batches, stable_weight_variance
 from ntk.analytic.compat import nt, stax
-from ntk.errors import BatchTilingError, BatchTooSmallError, CentredRankError, MaskError, NotGaussianError
+from ntk.errors import (
+    BatchOfOneError,
+    BatchTilingError,
+    BatchTooSmallError,
+    CentredRankError,
+    MaskError,
+    NotGaussianError,
+)
 from tests.ntk.analytic.cases import Array, printed
 
 STABLE = float(np.sqrt(stable_weight_variance("relu", "weight_mean")))
@@ -374,7 +381,7 @@ def test_weight_mean_behind_other_homogeneous_activations(slope: float) -> None:
     x, dual = inputs(6), leaky_relu(slope)
     kernels = dense(layers.Activation(dual), layers.WeightMean(behind=dual), depth=3, deviation=1.3)[2](x)
     expected = propagate(gram(x), 3, "weight_mean", dual, 1.3**2)
-    np.testing.assert_allclose(kernels.ntk, expected.ntk, rtol=1e-11)
+    np.testing.assert_allclose(kernels.ntk, expected.ntk, rtol=0, atol=1e-13)
 
 
 def test_what_batch_norm_refuses() -> None:
@@ -395,3 +402,10 @@ def test_what_batch_norm_refuses() -> None:
         layers.BatchNormRelu(statistics="running")
     with pytest.raises(BatchTooSmallError, match="n_statistics: must be an integer of at least 4; received 2"):
         layers.BatchNormRelu(n_statistics=2)
+    with pytest.raises(ValueError, match=r"epsilon: must be a finite, non-negative variance; received -1"):
+        layers.BatchNormRelu(epsilon=-1.0)
+    with pytest.raises(ValueError, match=r"negative_slope: must be"):
+        layers.BatchNormRelu(np.nan)
+    by_sample = nt.empirical_ntk_fn(layers.BatchNormRelu()[1], vmap_axes=0)
+    with pytest.raises(BatchOfOneError, match=r"inputs: must hold two values .* shape \(1, 10\).*vmap_axes=None"):
+        by_sample(x, None, ())

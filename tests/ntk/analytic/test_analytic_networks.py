@@ -41,10 +41,13 @@ def test_kernels_are_those_of_the_recursions(norm: str) -> None:
         standard = fully_connected(3, 24, norm=norm, parametrization="standard")[2](x, None, "ntk")
         residual = pre_activation_resnet(4, out_features=None, norm=norm, branch_depth=2)[2](x, None, "ntk")
         affine = fully_connected(2, norm="batch_norm", affine=True)[2](x, None, "ntk")
+        scaled = {"branch_depth": 2, "branch_scale": "mimicnorm"}
+        of_the_code = pre_activation_resnet(3, out_features=None, norm=norm, **scaled)[2](x, None, "ntk")
     for found, expected in (
         (dense, propagate(gram(x), 3, norm, sigma_b2=bias)),
         (standard, propagate(gram(x), 3, norm, parametrization="standard", width=width)),
         (residual, propagate_residual(gram(x), 4, norm, branch_depth=2)),
+        (of_the_code, propagate_residual(gram(x), 3, norm, **scaled)),
         (affine, propagate(gram(x), 2, "batch_norm", affine=True)),
     ):
         np.testing.assert_allclose(found, expected.ntk, rtol=0, atol=1e-12 * np.abs(expected.ntk).max())

@@ -153,6 +153,13 @@ def test_standard_parametrization() -> None:
     np.testing.assert_array_equal(same.ntk, listed.ntk)
 
 
+def compare_ntk(ours: Array, theirs: Array) -> None:
+    """Off the diagonal to rounding; on it, where a correlation is one less its rounding in some JAX, to √ε a layer."""
+    off = ~np.eye(len(ours), dtype=bool)
+    np.testing.assert_allclose(ours[off], theirs[off], rtol=1e-12)
+    np.testing.assert_allclose(ours.diagonal(), theirs.diagonal(), rtol=1e-7)
+
+
 @pytest.mark.parametrize(
     ("norm", "name", "bias"), [("none", "Relu", 0.0), ("none", "Relu", 0.3), ("none", "Erf", 0.2), ("none", "Abs", 0.1)]
 )
@@ -168,7 +175,7 @@ def test_against_neural_tangents(norm: str, name: str, bias: float) -> None:
         nngp, ntk = np.array(expected.nngp), np.array(expected.ntk)
     ours = propagate(inputs @ inputs.T / 12, depth, norm, name.lower(), sigma_w2=weight, sigma_b2=bias)
     np.testing.assert_allclose(ours.nngp, nngp, rtol=1e-12)
-    np.testing.assert_allclose(ours.ntk, ntk, rtol=1e-12)
+    compare_ntk(ours.ntk, ntk)
 
 
 @pytest.mark.parametrize(("bias", "trained"), [(0.0, True), (None, False)])
@@ -182,7 +189,7 @@ def test_standard_parametrization_against_neural_tangents(bias: float | None, tr
     with jax.enable_x64(True):
         expected = np.array(stax.serial(*layers)[2](inputs, None, "ntk"))
     ours = propagate(inputs @ inputs.T / 9, 2, parametrization="standard", width=(9, 24, 40), bias_trained=trained)
-    np.testing.assert_allclose(ours.ntk, expected, rtol=1e-12)
+    compare_ntk(ours.ntk, expected)
 
 
 @pytest.mark.parametrize("norm", NORMS)
@@ -203,7 +210,7 @@ def test_recursion_written_out(norm: str, name: str) -> None:
         nngp, ntk = new_nngp, new_ntk
     ours = propagate(gram, depth, norm, name, sigma_w2=weight, sigma_b2=bias)
     np.testing.assert_allclose(ours.nngp, nngp, rtol=1e-12)
-    np.testing.assert_allclose(ours.ntk, ntk, rtol=1e-12)
+    compare_ntk(ours.ntk, ntk)
 
 
 def test_weight_mean_keeps_ratios_of_norms() -> None:

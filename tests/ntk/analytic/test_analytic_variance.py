@@ -172,3 +172,9 @@ def test_batch_norm_refuses_variances() -> None:
 def test_negative_variance() -> None:
     with pytest.raises(ValueError, match=r"q1: must be a finite, non-negative variance; received -1\.0\."):
         variance_map()(-1.0)
+
+
+@pytest.mark.parametrize("norm", ["none", "weight_mean"])
+@pytest.mark.parametrize("name", ["relu", "abs", "erf", "tanh", "gelu", "silu", "sine", "linear"])
+def test_the_stable_weight_variance_keeps_one(norm: str, name: str) -> None:
+    assert variance_map(norm, name).fixed_point == pytest.approx(1, rel=1e-12)
