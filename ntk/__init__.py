@@ -5,6 +5,7 @@ from types import ModuleType
 
 from ntk.empirical import empirical_ntk, layerwise_ntk
 from ntk.nngp import empirical_nngp
+from ntk.operator import NtkOperator
 from ntk.projection import center_rows
 from ntk.results import KernelResult
 from ntk.spectrum import Spectrum, spectrum
@@ -13,6 +14,7 @@ from ntk.width_study import Slope, WidthStudy, width_study
 
 __all__ = [
     "KernelResult",
+    "NtkOperator",
     "Slope",
     "Spectrum",
     "WidthStudy",

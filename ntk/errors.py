@@ -75,6 +75,10 @@ class AsymmetricKernelError(ValueError):
     """A spectrum was asked of a matrix that is not symmetric."""
 
 
+class NoJacobianProductError(ValueError):
+    """An operation of the model has no Jacobian-vector product, or one that disagrees with its backward pass."""
+
+
 class PartialSpectrumError(ValueError):
     """A figure needs all eigenvalues and only the largest were computed."""
 
