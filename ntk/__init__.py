@@ -4,6 +4,7 @@ import importlib
 from types import ModuleType
 
 from ntk.empirical import empirical_ntk, layerwise_ntk
+from ntk.estimators import Estimate, SpectralDensity, estimate_trace, spectral_density
 from ntk.nngp import empirical_nngp
 from ntk.operator import NtkOperator
 from ntk.projection import center_rows
@@ -13,16 +14,20 @@ from ntk.state import preserve_state
 from ntk.width_study import Slope, WidthStudy, width_study
 
 __all__ = [
+    "Estimate",
     "KernelResult",
     "NtkOperator",
     "Slope",
+    "SpectralDensity",
     "Spectrum",
     "WidthStudy",
     "center_rows",
     "empirical_nngp",
     "empirical_ntk",
+    "estimate_trace",
     "layerwise_ntk",
     "preserve_state",
+    "spectral_density",
     "spectrum",
     "width_study",
 ]
