@@ -5,6 +5,7 @@ from types import ModuleType
 
 from ntk.empirical import empirical_ntk, layerwise_ntk
 from ntk.estimators import Estimate, SpectralDensity, estimate_trace, spectral_density
+from ntk.linearized import LinearizedModel, linearize
 from ntk.nngp import empirical_nngp
 from ntk.operator import NtkOperator
 from ntk.projection import center_rows
@@ -16,6 +17,7 @@ from ntk.width_study import Slope, WidthStudy, width_study
 __all__ = [
     "Estimate",
     "KernelResult",
+    "LinearizedModel",
     "NtkOperator",
     "Slope",
     "SpectralDensity",
@@ -26,6 +28,7 @@ __all__ = [
     "empirical_ntk",
     "estimate_trace",
     "layerwise_ntk",
+    "linearize",
     "preserve_state",
     "spectral_density",
     "spectrum",
