@@ -39,8 +39,16 @@ def call(
     Returns:
         Whatever the model returns.
     """
-    buffers = {name: cast(value, dtype).clone() for name, value in model.named_buffers()}
-    return torch.func.functional_call(model, {**parameters, **buffers}, (cast(x, dtype),))
+    held = {id(value): parameters[name] for name, value in model.named_parameters()}
+    held |= {id(value): cast(value, dtype).clone() for _, value in model.named_buffers()}
+    # Each module once: torch would put a stand-in back as the parameter of a module that goes by two names.
+    slots = {
+        f"{path}.{name}" if path else name: held[id(value)]
+        for path, module in model.named_modules()
+        for name, value in (*module._parameters.items(), *module._buffers.items())
+        if value is not None
+    }
+    return torch.func.functional_call(model, slots, (cast(x, dtype),), tie_weights=False)
 
 
 def cast(value: torch.Tensor, dtype: torch.dtype | None) -> torch.Tensor:

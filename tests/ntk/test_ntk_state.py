@@ -98,3 +98,13 @@ def test_not_a_number_in_a_buffer_is_restored_bitwise() -> None:
     with ntk.preserve_state(model):
         model[1].running_var.zero_()
     assert state_hash(model) == before
+
+
+@pytest.mark.parametrize("name", MEASUREMENTS)
+def test_a_module_under_two_names_keeps_its_parameters(name: str) -> None:
+    torch.manual_seed(0)
+    twice = nn.Linear(4, 4)
+    model, x = nn.Sequential(twice, nn.Tanh(), twice, nn.Linear(4, 2)).double(), torch.randn(5, 4).double()
+    before = [id(parameter) for parameter in model.parameters()]
+    MEASUREMENTS[name](model, x)
+    assert [id(parameter) for parameter in model.parameters()] == before
