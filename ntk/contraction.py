@@ -10,11 +10,12 @@ computing rows again, plus the activations of one forward pass.
 
 import math
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
+from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from ntk.errors import MemoryBudgetError, NoParametersError
 from ntk.forward import Batch
@@ -22,6 +23,9 @@ from ntk.projection import Projection, apply_projection
 
 MAX_CHUNK = 64
 """Rows per call of autograd at most: beyond it the loop overhead is gone (chosen, not tuned)."""
+
+STRIP = 256
+"""Rows of a Gram matrix that are multiplied at once (chosen, not tuned)."""
 
 CHUNK_BYTES = 2**29
 """Memory that the batched backward pass of one chunk may take for its largest activation (chosen, not tuned)."""
@@ -48,76 +52,28 @@ class Contraction:
     report: Callable[[int, int], None]
 
 
-class JacobianRows:
-    """Rows of the Jacobian of one batch, computed on request."""
+class Gradients:
+    """Derivatives of a model output, for several cotangents at once."""
 
-    def __init__(self, batch: Batch, plan: Contraction, chunk: int, on_rows: Callable[[int], None]) -> None:
-        """Hold a batch and see that it can be differentiated.
+    def __init__(self, output: torch.Tensor, inputs: Sequence[torch.Tensor | GradientEdge]) -> None:
+        """Say what is differentiated, and by what.
 
         Args:
-            batch: A forward pass with its graph.
-            plan: Which rows there are, and how they are projected.
-            chunk: Rows per call of autograd at most.
-            on_rows: Called after each chunk with its number of rows.
-
-        Raises:
-            NoParametersError: The output is not connected to any selected parameter.
+            output: [n, o], attached to the graph.
+            inputs: Leaf tensors, or edges of the graph.
         """
-        if not batch.output.requires_grad:
-            raise NoParametersError(
-                f"the model output depends on none of the selected parameters {sorted(batch.parameters)[:4]}; select "
-                "parameters that the forward pass uses, and remove .detach(), .data and torch.no_grad() from it."
-            )
-        self.batch = batch
-        self.plan = plan
-        self.chunk = max(1, min(chunk, CHUNK_BYTES // (4 * batch.activation_bytes)))
-        self.on_rows = on_rows
+        self.output = output
+        self.inputs = [entry if isinstance(entry, GradientEdge) else get_gradient_edge(entry) for entry in inputs]
         self.batched = True
 
-    def rows(self, start: int, stop: int, unit: int) -> dict[str, torch.Tensor]:
-        """Projected rows start to stop, flattened per parameter.
+    def __call__(self, seeds: torch.Tensor) -> list[torch.Tensor | None]:
+        """Derivatives for all cotangents at once, or one by one once an operator has refused to be batched.
 
         Args:
-            start: First row.
-            stop: One past the last row.
-            unit: Output whose rows are meant, for reduce="trace" only.
+            seeds: [rows, n, o]
 
         Returns:
-            Parameter name -> [stop - start, parameter.numel()]; parameters that no output depends on are missing.
-        """
-        tile: dict[str, torch.Tensor] = {}
-        for begin in range(start, stop, self.chunk):
-            end = min(begin + self.chunk, stop)
-            gradients = self._gradients(self._cotangents(begin, end, unit))
-            for (name, parameter), gradient in zip(self.batch.parameters.items(), gradients, strict=True):
-                if gradient is None:
-                    continue
-                if name in self.plan.projections:
-                    gradient = apply_projection(self.plan.projections[name], gradient, name)
-                if (begin, end) == (start, stop):
-                    tile[name] = gradient.reshape(stop - start, -1)
-                    continue
-                if name not in tile:
-                    tile[name] = gradient.new_empty(stop - start, parameter.numel())
-                tile[name][begin - start : end - start] = gradient.reshape(end - begin, -1)
-            self.on_rows(end - begin)
-        return tile
-
-    def _cotangents(self, start: int, stop: int, unit: int) -> torch.Tensor:
-        """[stop - start, n, o], one selection of outputs per row."""
-        n, o = self.batch.output.shape
-        seeds = self.batch.output.new_zeros(stop - start, n, o)
-        local, row = torch.arange(stop - start), torch.arange(start, stop)
-        if self.plan.reduce == "none":
-            seeds[local, row // o, row % o] = 1
-        elif self.plan.reduce == "trace":
-            seeds[local, row, unit] = 1
-        else:
-            seeds[local, row, :] = 1
-        return seeds
-
-    def _gradients(self, seeds: torch.Tensor) -> list[torch.Tensor | None]:
-        """Gradients of all rows at once, or one by one once an operator has refused to be batched.
+            [rows, *shape] for each input, None for one that the output does not depend on.
 
         Raises:
             OutOfMemoryError: A chunk of rows does not fit the device.
@@ -138,8 +94,8 @@ class JacobianRows:
             warnings.filterwarnings("ignore", message="There is a performance drop", category=UserWarning)
             return list(
                 torch.autograd.grad(
-                    self.batch.output,
-                    list(self.batch.parameters.values()),
+                    self.output,
+                    self.inputs,
                     seeds,
                     retain_graph=True,
                     allow_unused=True,
@@ -148,7 +104,125 @@ class JacobianRows:
             )
 
 
-def contract(first: Batch, second: Batch | None, plan: Contraction) -> dict[str, np.ndarray]:
+@dataclass(frozen=True, eq=False)
+class RowSource:
+    """Where the rows of one parameter come from.
+
+    Attributes:
+        name: Of the parameter.
+        inputs: What is differentiated by: leaf tensors, or edges of the graph.
+        features: Entries of a row.
+        in_flight: Entries of the derivatives that a row is made of.
+        rows: Derivatives by the inputs, each [rows, *shape] or None -> [rows, features] or None.
+    """
+
+    name: str
+    inputs: tuple[torch.Tensor | GradientEdge, ...]
+    features: int
+    in_flight: int
+    rows: Callable[[list[torch.Tensor | None]], torch.Tensor | None]
+
+
+def parameter_sources(batch: Batch, plan: Contraction) -> list[RowSource]:
+    """Rows that are the projected gradients by the parameters themselves.
+
+    Args:
+        batch: A forward pass with its graph.
+        plan: How rows are projected.
+    """
+    return [_parameter_source(name, value, plan) for name, value in batch.parameters.items()]
+
+
+def _parameter_source(name: str, parameter: torch.Tensor, plan: Contraction) -> RowSource:
+    def rows(gradients: list[torch.Tensor | None]) -> torch.Tensor | None:
+        (gradient,) = gradients
+        if gradient is None:
+            return None
+        if name in plan.projections:
+            gradient = apply_projection(plan.projections[name], gradient, name)
+        return gradient.reshape(len(gradient), -1)
+
+    return RowSource(name, (parameter,), parameter.numel(), 0, rows)
+
+
+class JacobianRows:
+    """Rows of the Jacobian of one batch, computed on request."""
+
+    def __init__(
+        self, batch: Batch, plan: Contraction, chunk: int, on_rows: Callable[[int], None], sources: list[RowSource]
+    ) -> None:
+        """Hold a batch and see that it can be differentiated.
+
+        Args:
+            batch: A forward pass with its graph.
+            plan: Which rows there are, and how they are projected.
+            chunk: Rows per call of autograd at most.
+            on_rows: Called after each chunk with its number of rows.
+            sources: Of the parameters.
+
+        Raises:
+            NoParametersError: The output is not connected to any selected parameter.
+        """
+        if not batch.output.requires_grad:
+            raise NoParametersError(
+                f"the model output depends on none of the selected parameters {sorted(plan.multipliers)[:4]}; select "
+                "parameters that the forward pass uses, and remove .detach(), .data and torch.no_grad() from it."
+            )
+        self.batch = batch
+        self.plan = plan
+        self.chunk = max(1, min(chunk, CHUNK_BYTES // (4 * batch.activation_bytes)))
+        self.on_rows = on_rows
+        self.sources = sources
+        self.gradients = Gradients(batch.output, [entry for source in sources for entry in source.inputs])
+
+    def rows(self, start: int, stop: int, unit: int) -> dict[str, torch.Tensor]:
+        """Projected rows start to stop, flattened per parameter.
+
+        Args:
+            start: First row.
+            stop: One past the last row.
+            unit: Output whose rows are meant, for reduce="trace" only.
+
+        Returns:
+            Parameter name -> [stop - start, features]; parameters that no output depends on are missing.
+        """
+        tile: dict[str, torch.Tensor] = {}
+        for begin in range(start, stop, self.chunk):
+            end = min(begin + self.chunk, stop)
+            gradients = iter(self.gradients(self.cotangents(begin, end, unit)))
+            for source in self.sources:
+                rows = source.rows([next(gradients) for _ in source.inputs])
+                if rows is None:
+                    continue
+                if (begin, end) == (start, stop):
+                    tile[source.name] = rows
+                    continue
+                if source.name not in tile:
+                    tile[source.name] = rows.new_empty(stop - start, source.features)
+                tile[source.name][begin - start : end - start] = rows
+            self.on_rows(end - begin)
+        return tile
+
+    def cotangents(self, start: int, stop: int, unit: int) -> torch.Tensor:
+        """[stop - start, n, o], one selection of outputs per row."""
+        n, o = self.batch.output.shape
+        seeds = self.batch.output.new_zeros(stop - start, n, o)
+        local, row = torch.arange(stop - start), torch.arange(start, stop)
+        if self.plan.reduce == "none":
+            seeds[local, row // o, row % o] = 1
+        elif self.plan.reduce == "trace":
+            seeds[local, row, unit] = 1
+        else:
+            seeds[local, row, :] = 1
+        return seeds
+
+
+def contract(
+    first: Batch,
+    second: Batch | None,
+    plan: Contraction,
+    sources: tuple[list[RowSource], list[RowSource]] | None = None,
+) -> dict[str, np.ndarray]:
     """Contract the Jacobians of two batches, or of one with itself.
 
     Sums run in float64 over tiles and parameters, whatever the dtype of the rows.
@@ -157,12 +231,15 @@ def contract(first: Batch, second: Batch | None, plan: Contraction) -> dict[str,
         first: The batch of the rows of the kernel, n1 examples.
         second: The batch of its columns, n2 examples, or None for the first one.
         plan: Reduction, multipliers, projections, groups and memory.
+        sources: Of the rows of either batch; None for the gradients by its parameters.
 
     Returns:
         Group -> kernel in the dtype of the model: [n1, n2, o, o] for reduce="none", else [n1, n2].
     """
     itemsize = first.output.element_size()
-    row_bytes = itemsize * sum(p.numel() for p in first.parameters.values())
+    if sources is None:
+        sources = parameter_sources(first, plan), [] if second is None else parameter_sources(second, plan)
+    row_bytes = itemsize * max(sum(part.features + part.in_flight for part in parts) for parts in sources)
     n, o = first.output.shape
     per_example = o if plan.reduce == "none" else 1
     counts = n * per_example, 0 if second is None else second.output.shape[0] * per_example
@@ -171,8 +248,8 @@ def contract(first: Batch, second: Batch | None, plan: Contraction) -> dict[str,
     steps = list(_tile_pairs(shape, tile, symmetric=second is None))
     units = range(o) if plan.reduce == "trace" else range(1)
     on_rows = _counter(plan, len(units) * _rows_to_compute(steps, symmetric=second is None))
-    left = JacobianRows(first, plan, chunk, on_rows)
-    right = left if second is None else JacobianRows(second, plan, chunk, on_rows)
+    left = JacobianRows(first, plan, chunk, on_rows, sources[0])
+    right = left if second is None else JacobianRows(second, plan, chunk, on_rows, sources[1])
     kernels = {group: torch.zeros(shape, dtype=torch.float64) for group in dict.fromkeys(plan.groups.values())}
     for unit in units:
         held: slice | None = None
@@ -263,13 +340,25 @@ def _accumulate(
     for name, rows in tiles[0].items():
         if name not in tiles[1]:
             continue
-        block = (rows @ tiles[1][name].T).to("cpu", torch.float64) * plan.multipliers[name]
-        kernel = kernels[plan.groups[name]]
+        kernel, multiplier = kernels[plan.groups[name]], plan.multipliers[name]
         if mirror and a == b:
-            block = (block + block.T) / 2
+            _add_gram(kernel[a, b], rows, multiplier)
+            continue
+        block = (rows @ tiles[1][name].T).to("cpu", torch.float64) * multiplier
         kernel[a, b] += block
-        if mirror and a != b:
+        if mirror:
             kernel[b, a] += block.T
+
+
+def _add_gram(kernel: torch.Tensor, rows: torch.Tensor, multiplier: float) -> None:
+    """Add rows @ rows.T, of which only the lower triangle is computed."""
+    for start in range(0, len(rows), STRIP):
+        stop = min(start + STRIP, len(rows))
+        strip = (rows[start:stop] @ rows[:stop].T).to("cpu", torch.float64) * multiplier
+        corner = strip[:, start:].tril()
+        kernel[start:stop, start:stop] += corner + corner.tril(-1).T
+        kernel[start:stop, :start] += strip[:, :start]
+        kernel[:start, start:stop] += strip[:, :start].T
 
 
 def _shape(kernel: torch.Tensor, plan: Contraction, o: int, dtype: torch.dtype) -> np.ndarray:

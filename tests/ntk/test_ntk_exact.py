@@ -211,14 +211,15 @@ def test_an_operator_without_batching_rule_is_differentiated_row_by_row(monkeypa
     x = torch.randn(5, 4).double()
     rows = jacobian(model, x)
     calls = []
-    original = contraction.JacobianRows._grad
+    original = contraction.Gradients._grad
 
     def counting(self: object, seeds: torch.Tensor, *, batched: bool) -> list:
         calls.append(batched)
         return original(self, seeds, batched=batched)
 
-    monkeypatch.setattr(contraction.JacobianRows, "_grad", counting)
-    assert_same(ntk.empirical_ntk(model, x), kernel(rows, rows))
+    monkeypatch.setattr(contraction.Gradients, "_grad", counting)
+    result = ntk.empirical_ntk(model, x, implementation="jacobian_contraction")
+    assert_same(result, kernel(rows, rows))
     assert calls == [True] + [False] * 10
 
 
@@ -305,7 +306,7 @@ def test_a_single_example_without_batch_statistics() -> None:
 def test_progress_counts_every_row(capsys: pytest.CaptureFixture[str]) -> None:
     model, x, _ = build("mlp")
     budget = 8 * 5 * sum(p.numel() for p in model.parameters())
-    ntk.empirical_ntk(model, x, progress=True, max_memory=budget)
+    ntk.empirical_ntk(model, x, progress=True, max_memory=budget, implementation="jacobian_contraction")
     last = capsys.readouterr().err.strip().split("\r")[-1].split()
     assert last[2] == last[4]
     assert int(last[2]) > 10
