@@ -8,15 +8,16 @@ import torch
 
 from ntk.checks import check_inputs, check_model, describe_mode
 from ntk.contraction import Contraction, contract
-from ntk.errors import NonFiniteKernelError, UnknownNameError
+from ntk.errors import MemoryBudgetError, NonFiniteKernelError, UnknownNameError
 from ntk.forward import run_batch
 from ntk.parameters import ParameterChoice, select_parameters
 from ntk.projection import Projection, resolve_projection
 from ntk.results import AXES, KernelResult
 from ntk.state import preserve_state
+from ntk.structured import contract_structured, record
 
 REDUCTIONS = ("none", "trace", "sum")
-IMPLEMENTATIONS = ("auto", "jacobian_contraction")
+IMPLEMENTATIONS = ("auto", "structured", "jacobian_contraction")
 
 
 def empirical_ntk(
@@ -45,7 +46,9 @@ def empirical_ntk(
         x2: [n2, ...]; None stands for x1 and gives a Gram matrix.
         reduce: "none"; "trace", the mean over outputs of the diagonal (the default of neural-tangents); or "sum", the
             kernel of the summed output. Each is computed directly.
-        implementation: "auto" or "jacobian_contraction", the same today.
+        implementation: "structured", by layers, with the Jacobian of those parameters that no rule knows (`by_jacobian`
+            of the result names them); or "jacobian_contraction" for all. Both are exact. "auto" is the former, unless
+            only the latter keeps within max_memory.
         projection: Linear map of a weight, such as `ntk.center_rows`, applied to the rows of every parameter of two or
             more axes; or parameter name -> map.
         params: Parameters the kernel is taken over: None for all that require a gradient, names, or name -> multiplier
@@ -155,9 +158,8 @@ def _kernels(
         report=_report if progress else lambda done, total: None,
     )
     with preserve_state(model):
-        first = run_batch(model, x1, multipliers, dtype, "x1")
-        second = None if x2 is None else run_batch(model, x2, multipliers, dtype, "x2")
-        kernels = contract(first, second, plan)
+        inputs = [("x1", x1)] if x2 is None else [("x1", x1), ("x2", x2)]
+        kernels, by_jacobian = _contract(model, inputs, dtype, implementation, plan)
     for name, values in kernels.items():
         if not np.isfinite(values).all():
             raise NonFiniteKernelError(
@@ -175,9 +177,33 @@ def _kernels(
         "multipliers": tuple(multipliers.items()) if scaled else None,
         "projection": projection_name,
         "statistics": statistics,
+        "by_jacobian": by_jacobian,
         "versions": {"torch": torch.__version__, "numpy": np.__version__},
     }
     return kernels, convention
+
+
+def _contract(
+    model: torch.nn.Module,
+    inputs: list[tuple[str, torch.Tensor]],
+    dtype: torch.dtype | None,
+    implementation: str,
+    plan: Contraction,
+) -> tuple[dict[str, np.ndarray], tuple[str, ...]]:
+    """Kernel of each group, and the parameters that went through the Jacobian; "auto" where memory says so, all.
+
+    Raises:
+        MemoryBudgetError: max_memory does not hold what must be held.
+    """
+    names = tuple(plan.multipliers)
+    if implementation != "jacobian_contraction":
+        try:
+            return contract_structured(record(model, inputs, names, dtype), plan)
+        except MemoryBudgetError:
+            if implementation == "structured":
+                raise
+    batches = [run_batch(model, x, names, dtype, argument) for argument, x in inputs]
+    return contract(batches[0], batches[1] if len(batches) == 2 else None, plan), names
 
 
 def _report(done: int, total: int) -> None:

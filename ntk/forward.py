@@ -1,10 +1,12 @@
 """One whole batch through a model, leaving the model untouched."""
 
+import contextlib
 from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
 
+from ntk.capture import Capture
 from ntk.errors import NondeterministicModelError, NonFiniteKernelError, OutputShapeError
 
 
@@ -57,7 +59,12 @@ def cast(value: torch.Tensor, dtype: torch.dtype | None) -> torch.Tensor:
 
 
 def run_batch(
-    model: torch.nn.Module, x: torch.Tensor, names: Iterable[str], dtype: torch.dtype | None, argument: str
+    model: torch.nn.Module,
+    x: torch.Tensor,
+    names: Iterable[str],
+    dtype: torch.dtype | None,
+    argument: str,
+    capture: Capture | None = None,
 ) -> Batch:
     """Run one batch and keep the graph to the named parameters.
 
@@ -69,6 +76,7 @@ def run_batch(
         names: Parameters to differentiate by.
         dtype: Type to compute in, or None for the type of the model.
         argument: Name of x, for the errors.
+        capture: Records the calls of the first run, or None.
 
     Returns:
         The batch.
@@ -81,7 +89,11 @@ def run_batch(
     with torch.enable_grad():
         for name in selected:
             parameters[name].requires_grad_(True)
-        output = _as_rows(call(model, x, parameters, dtype), x.shape[0], argument)
+        if capture is not None:
+            capture.watch({name: value for name, value in parameters.items() if name in selected})
+        with capture or contextlib.nullcontext():
+            returned = call(model, x, parameters, dtype)
+        output = _as_rows(returned, x.shape[0], argument)
     with torch.no_grad():
         largest, again = _probe(model, x, parameters, dtype)
         second = _as_rows(again, x.shape[0], argument)

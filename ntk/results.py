@@ -43,6 +43,7 @@ class KernelResult:
         layer: Module that this is the kernel or the share of, or None for the network.
         standard_error: Of each value if they are a Monte-Carlo average, else None.
         seed: Of a Monte-Carlo average, else None.
+        by_jacobian: Parameters whose share was contracted from their Jacobian, or None if that was no choice.
         versions: Package -> version that computed it.
 
     Raises:
@@ -62,6 +63,7 @@ class KernelResult:
     layer: str | None = None
     standard_error: np.ndarray | None = None
     seed: int | None = None
+    by_jacobian: tuple[str, ...] | None = None
     versions: Mapping[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:

@@ -1,0 +1,192 @@
+"""The share of one parameter in a kernel, from the factors of its gradient.
+
+Shapes: n examples, u rows of the Jacobian per example, g groups, K and Q entries of the two factors, P positions.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ntk.contraction import Contraction
+from ntk.layer_rules import Factor, Product, Written
+from ntk.projection import Projection, apply_projection, center_rows
+
+Derivatives = Sequence[Tensor] | Mapping[int, Tensor]
+"""For each recorded call, [u, *output]."""
+
+
+@dataclass(frozen=True, eq=False)
+class Share:
+    """The uses of one parameter.
+
+    Attributes:
+        name: Of the parameter.
+        shape: Of the parameter.
+        uses: For each batch, (number of the call, factor).
+        projection: Of its gradients, or None.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    uses: tuple[list[tuple[int, Factor]], ...]
+    projection: Projection | None
+
+    @property
+    def factored(self) -> bool:
+        """Whether all uses are products of one form, and the projection acts on one side of them."""
+        factors = [factor for uses in self.uses for _, factor in uses]
+        if self.projection not in (None, center_rows):
+            return False
+        forms = {
+            (factor.derivative_first, factor.sizes[0], factor.sizes[1], factor.sizes[3], factor.tokens is None)
+            for factor in factors
+            if isinstance(factor, Product)
+        }
+        return len(forms) == 1 and all(isinstance(factor, Product) for factor in factors)
+
+    def tokens_used(self) -> Tensor | None:
+        """The tokens that an embedding meets in either batch."""
+        factors = [factor for uses in self.uses for _, factor in uses if isinstance(factor, Product)]
+        tokens = [factor.tokens.flatten() for factor in factors if factor.tokens is not None]
+        return torch.cat(tokens).unique() if tokens else None
+
+    def left(self, side: int, n: int) -> Tensor:
+        """Sides of the input of all uses, one after the other: [n, g, K, P].
+
+        Args:
+            side: Number of the batch.
+            n: What the leading axis is cut into; 1 for the whole batch.
+        """
+        tokens = self.tokens_used()
+        parts = [_cut(factor.left(tokens), n) for _, factor in self.uses[side] if isinstance(factor, Product)]
+        joined = parts[0] if len(parts) == 1 else torch.cat(parts, -1)
+        if self.projection is center_rows and self._first.derivative_first:
+            joined = joined - joined.mean(2, keepdim=True)
+        return joined
+
+    def right(self, side: int, derivatives: Derivatives, n: int) -> Tensor:
+        """Sides of the derivatives of all uses, one after the other: [u, n, g, Q, P].
+
+        Args:
+            side: Number of the batch.
+            derivatives: By the outputs of the calls.
+            n: What the leading axis is cut into; 1 for the whole batch.
+        """
+        parts = [
+            _cut(factor.right(derivatives[number]), n, axis=1)
+            for number, factor in self.uses[side]
+            if isinstance(factor, Product)
+        ]
+        joined = parts[0] if len(parts) == 1 else torch.cat(parts, -1)
+        if self.projection is center_rows and not self._first.derivative_first:
+            joined = joined - joined.mean(3, keepdim=True)
+        return joined
+
+    @property
+    def _first(self) -> Product:
+        return next(f for uses in self.uses for _, f in uses if isinstance(f, Product))
+
+    def fixed_entries(self, side: int, n: int) -> int:
+        """Entries of the sides of the input of one batch."""
+        sizes = [factor.sizes for _, factor in self.uses[side] if isinstance(factor, Product)]
+        return sum(math.prod(size[:3]) for size in sizes) * n
+
+    def written_entries(self, n: int) -> int:
+        """Entries of the gradients of one output that cannot be written in parts."""
+        return 0 if self.factored else n * math.prod(self.shape)
+
+    def features(self, k: int) -> int:
+        """Entries of a row over the whole batch, with k entries on the side of the input."""
+        return self._first.sizes[0] * k * self._first.sizes[3]
+
+    def written(self, side: int, derivatives: Derivatives, n: int) -> Tensor:
+        """Gradients by the parameter itself, projected: [u, n, parameter.numel()].
+
+        Args:
+            side: Number of the batch.
+            derivatives: By the outputs of the calls.
+            n: What the leading axis is cut into; 1 for the whole batch.
+        """
+        parts = [self._gradient(factor, derivatives[number], n) for number, factor in self.uses[side]]
+        total = torch.stack(parts).sum(0) if len(parts) > 1 else parts[0]
+        if self.projection is None:
+            return total
+        rows = total.reshape(-1, *self.shape)
+        return apply_projection(self.projection, rows, self.name).reshape(total.shape)
+
+    @staticmethod
+    def _gradient(factor: Factor, derivative: Tensor, n: int) -> Tensor:
+        """[u, n, parameter.numel()] of one use."""
+        if isinstance(factor, Written):
+            rows = factor.rows(derivative)
+            rows = rows.reshape(len(rows), n, rows.shape[1] // n, -1)
+            return rows.squeeze(2) if rows.shape[2] == 1 else rows.sum(2)
+        rows = outer(_cut(factor.left(None), n), _cut(factor.right(derivative), n, axis=1))
+        return (rows if factor.derivative_first else rows.transpose(-1, -2)).reshape(*rows.shape[:2], -1)
+
+
+def outer(left: Tensor, right: Tensor) -> Tensor:
+    """Sum over positions of the outer products.
+
+    Args:
+        left: [n, g, K, P]
+        right: [u, n, g, Q, P]
+
+    Returns:
+        [u, n, g, Q, K]
+    """
+    if left.shape[0] == 1 == left.shape[1]:  # one product for all rows
+        return (right[:, 0, 0] @ left[0, 0].T)[:, None, None]
+    rows = right.new_empty(*right.shape[:4], left.shape[2])
+    for out, side in zip(rows, right, strict=True):
+        torch.matmul(side, left.transpose(-1, -2), out=out)
+    return rows
+
+
+def bias_shares(shares: Sequence[Share], plan: Contraction) -> dict[str, str]:
+    """Weight -> the bias of exactly the same calls, where both belong to one kernel.
+
+    Args:
+        shares: All shares.
+        plan: Groups and projections.
+    """
+    calls = {share.name: [[number for number, _ in uses] for uses in share.uses] for share in shares}
+    found = {}
+    for share in shares:
+        weights = {factor.bias_of for uses in share.uses for _, factor in uses if isinstance(factor, Written)}
+        weight = weights.pop() if len(weights) == 1 else None
+        if weight not in calls or share.projection is not None or calls[weight] != calls[share.name]:
+            continue
+        if plan.groups[weight] == plan.groups[share.name]:
+            found[weight] = share.name
+    return found
+
+
+def row_spans(share: Share) -> list[Tensor] | None:
+    """Sides of the input over the whole batch, in an orthonormal basis of their span where that is shorter.
+
+    Args:
+        share: Of one parameter.
+
+    Returns:
+        [g, K', M P] for each batch, with one K' for all; None where the gradient is written in full.
+    """
+    if not share.factored:
+        return None
+    lefts = [share.left(side, 1)[0] for side in range(len(share.uses))]
+    positions = [left.shape[-1] for left in lefts]
+    if sum(positions) >= lefts[0].shape[1]:
+        return lefts
+    return list(torch.linalg.qr(torch.cat(lefts, -1)).R.split(positions, -1))
+
+
+def _cut(value: Tensor, n: int, axis: int = 0) -> Tensor:
+    """Cut the axis M of a factor into n parts, and move what is left of it to the positions, the last axis."""
+    length = value.shape[axis] // n
+    if length == 1:
+        return value
+    moved = value.unflatten(axis, (n, length)).movedim(axis + 1, -2)
+    return moved.flatten(-2)

@@ -1,0 +1,280 @@
+"""The exact NTK of a model by layers, without its Jacobian.
+
+The gradient of an output by a weight is a sum of outer products over positions, Σ_p g_p ⊗ a_p (ntk/layer_rules.py), so
+that a share of the kernel is Σ_pq (a_p·a_q)(g_p·g_q) (Novak et al. 2022, arXiv 2206.08720). It is summed in the cheaper
+of two ways: over pairs of positions, or by writing the gradients of one example out and multiplying those.
+
+Where examples do not meet, one backward pass per output serves all examples. Where they do, as before a BatchNorm in
+train mode, an output has derivatives at every example: a row of the Jacobian is then a sum over the positions of the
+whole batch, and is written in an orthonormal basis of the inputs where that is shorter. Which layers these are is
+tested: a random weight for each example must come out at its own derivatives only. What has no rule goes through
+ntk/contraction.py.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ntk.blocks import ENTRIES, Block, add_share, mirror
+from ntk.capture import Capture
+from ntk.contraction import Contraction, Gradients, RowSource, contract, parameter_sources
+from ntk.forward import Batch, run_batch
+from ntk.shares import Derivatives, Share, bias_shares, outer, row_spans
+
+WORKING_BYTES = 2**31
+"""Memory that derivatives and temporaries may take when max_memory leaves it open (chosen, not tuned)."""
+
+ROUNDING = 200
+"""Multiple of the machine precision up to which examples count as independent (chosen, not tuned)."""
+
+
+@dataclass(frozen=True, eq=False)
+class Recording:
+    """One batch, and the calls that used its parameters."""
+
+    batch: Batch
+    capture: Capture
+
+
+def record(
+    model: torch.nn.Module, inputs: Sequence[tuple[str, Tensor]], names: Sequence[str], dtype: torch.dtype | None
+) -> list[Recording]:
+    """Run each batch and record the calls that use parameters, all of a parameter's uses or none.
+
+    Args:
+        model: The network.
+        inputs: (name of the argument, batch).
+        names: Parameters of the kernel.
+        dtype: Type to compute in, or None for the type of the model.
+    """
+    excluded: set[str] = set()
+    while True:
+        recordings = []
+        for argument, x in inputs:
+            capture = Capture(excluded)
+            recordings.append(Recording(run_batch(model, x, names, dtype, argument, capture), capture))
+        found = [{factor.name for site in part.capture.sites for factor in site.factors} for part in recordings]
+        leaks = set().union(*(part.capture.leaks(part.batch.output) for part in recordings))
+        leaks |= found[0] ^ found[-1]
+        if not leaks:
+            return recordings
+        excluded = excluded | leaks
+
+
+def contract_structured(
+    recordings: Sequence[Recording], plan: Contraction
+) -> tuple[dict[str, np.ndarray], tuple[str, ...]]:
+    """Contract the Jacobians of two recorded batches, or of one with itself.
+
+    Args:
+        recordings: The batch of the rows of the kernel, and unless it is the same, that of its columns.
+        plan: Reduction, multipliers, projections, groups and memory.
+
+    Returns:
+        Group -> kernel as `ntk.contraction.contract` gives it; and the parameters that went through the Jacobian.
+    """
+    connected = set().union(*(part.capture.connected(part.batch.output) for part in recordings))
+    fallback = tuple(name for name in plan.multipliers if name in connected)
+    shares = _shares(recordings, plan)
+    independent = [_independent_sites(part) for part in recordings]
+    apart = [
+        share
+        for share in shares
+        if all(flags[site] for flags, uses in zip(independent, share.uses, strict=True) for site, _ in uses)
+    ]
+    units = _units_at_once(recordings, apart, plan) if apart else 0
+    if units == 0:
+        apart = []
+    together = [share for share in shares if share not in apart]
+    kernels = _contract_apart(recordings, apart, plan, units) if apart else {}
+    if together or fallback or not apart:
+        for group, values in _contract_rows(recordings, together, fallback, plan).items():
+            kernels[group] = kernels[group] + values if group in kernels else values
+    return kernels, fallback
+
+
+def _shares(recordings: Sequence[Recording], plan: Contraction) -> list[Share]:
+    """The recorded parameters, with the uses of each in each batch."""
+    uses: dict[str, tuple[list, ...]] = {}
+    for index, part in enumerate(recordings):
+        for number, site in enumerate(part.capture.sites):
+            for factor in site.factors:
+                uses.setdefault(factor.name, tuple([] for _ in recordings))[index].append((number, factor))
+    parameters = recordings[0].batch.parameters
+    return [
+        Share(name, tuple(parameters[name].shape), uses[name], plan.projections.get(name))
+        for name in plan.multipliers
+        if name in uses
+    ]
+
+
+def _independent_sites(part: Recording) -> list[bool]:
+    """Whether an example's outputs have derivatives at that example alone, for each recorded call."""
+    output, sites = part.batch.output, part.capture.sites
+    n, o = output.shape
+    if not (sites and output.requires_grad):
+        return [False] * len(sites)
+    generator = torch.Generator().manual_seed(0)  # any numbers will do, and the global generator is left alone
+    direction, weight = (torch.randn(*size, generator=generator).to(output) for size in ((o,), (n, 1)))
+    seeds = torch.stack([direction.expand(n, o), weight * direction])
+    gradients = Gradients(output, [site.edge for site in sites])(seeds)
+    allowed = ROUNDING * torch.finfo(output.dtype).eps
+    found = []
+    for number, (site, gradient) in enumerate(zip(sites, gradients, strict=True)):
+        if gradient is None:
+            found.append(True)
+        elif number < part.capture.coupled or not site.shape or site.shape[0] % n:
+            found.append(False)
+        else:
+            plain, weighted = gradient.reshape(2, n, -1)
+            scale = plain.abs().max() * weight.abs().max()
+            found.append(bool((weighted - weight * plain).abs().max() <= allowed * scale))
+    return found
+
+
+def _used(shares: Sequence[Share], side: int) -> list[int]:
+    return sorted({site for share in shares for site, _ in share.uses[side]})
+
+
+def _units_at_once(recordings: Sequence[Recording], shares: list[Share], plan: Contraction) -> int:
+    """How many outputs to differentiate at once; 0 if max_memory does not hold one."""
+    size = recordings[0].batch.output.element_size()
+    units = 1 if plan.reduce == "sum" else recordings[0].batch.output.shape[1]
+    derivatives, fixed = 0, 0
+    for side, part in enumerate(recordings):
+        n = len(part.batch.output)
+        derivatives += sum(math.prod(part.capture.sites[site].shape) for site in _used(shares, side))
+        fixed += max(share.fixed_entries(side, n) for share in shares)
+    derivatives *= 3 - len(recordings)  # chunks of outputs meet each other
+    largest = 4 * max(part.batch.activation_bytes for part in recordings)
+    temporary = max(share.written_entries(len(part.batch.output)) for share in shares for part in recordings)
+    one = size * (derivatives + 2 * temporary) + largest
+    budget = WORKING_BYTES if plan.max_memory is None else plan.max_memory
+    fitting = (budget - size * fixed) // one
+    return max(min(units, fitting), 0 if plan.max_memory is not None else 1)
+
+
+def _contract_apart(
+    recordings: Sequence[Recording], shares: list[Share], plan: Contraction, units: int
+) -> dict[str, np.ndarray]:
+    """Shares of parameters at whose calls examples do not meet: one backward pass for each output."""
+    outputs = [part.batch.output for part in recordings]
+    o, (n, m) = outputs[0].shape[1], (len(outputs[0]), len(outputs[-1]))
+    symmetric, paired = len(recordings) == 1, plan.reduce != "none"
+    rows = o if plan.reduce != "sum" else 1
+    shape = (n, m) if paired else (o * n, o * m)
+    kernels = {group: outputs[0].new_zeros(shape) for group in dict.fromkeys(plan.groups.values())}
+    backward = [_Backward(part, _used(shares, side)) for side, part in enumerate(recordings)]
+    biases = bias_shares(shares, plan)
+    entries = ENTRIES if plan.max_memory is None else max(1, plan.max_memory // (8 * outputs[0].element_size()))
+    chunks = [slice(start, min(start + units, rows)) for start in range(0, rows, units)]
+    for a in chunks:
+        first = backward[0](a, plan.reduce)
+        for b in [a] if paired else [b for b in chunks if not symmetric or b.start <= a.start]:
+            second = first if symmetric and a == b else backward[-1](b, plan.reduce)
+            place = slice(None) if paired else slice(a.start * n, a.stop * n)
+            other = slice(None) if paired else slice(b.start * m, b.stop * m)
+            blocks = {
+                group: Block(kernel[place, other], (n, m), paired, symmetric and a == b, min(entries, ENTRIES))
+                for group, kernel in kernels.items()
+            }
+            _add_shares(blocks, shares, biases, (first, second), plan)
+        plan.report(a.stop * n, rows * n)
+    scale = 1.0 / o if plan.reduce == "trace" else 1.0
+    return {group: _values(kernel, scale, (n, m, o), plan.reduce, symmetric) for group, kernel in kernels.items()}
+
+
+def _add_shares(
+    blocks: dict[str, Block],
+    shares: list[Share],
+    biases: dict[str, str],
+    derivatives: tuple[Derivatives, Derivatives],
+    plan: Contraction,
+) -> None:
+    """Add every share to the block of its group; a bias together with its weight where that costs nothing."""
+    added = set()
+    for share in sorted(shares, key=lambda share: share.name not in biases):
+        if share.name in added:
+            continue
+        bias = biases.get(share.name)
+        multipliers = plan.multipliers[share.name], 0.0 if bias is None else plan.multipliers[bias]
+        if add_share(blocks[plan.groups[share.name]], share, derivatives, multipliers) and bias is not None:
+            added.add(bias)
+
+
+class _Backward:
+    """Derivatives by the outputs of recorded calls, for ranges of model outputs."""
+
+    def __init__(self, part: Recording, used: list[int]) -> None:
+        self.output = part.batch.output
+        self.shapes = [site.shape for site in part.capture.sites]
+        self.used = used
+        self.gradients = Gradients(self.output, [part.capture.sites[site].edge for site in used])
+
+    def __call__(self, units: slice, reduce: str) -> list[Tensor]:
+        """For each call [units, *output]; calls that are not used get no memory."""
+        n, o = self.output.shape
+        if reduce == "sum":
+            seeds = self.output.new_ones(1, n, o)
+        else:
+            seeds = torch.eye(o, dtype=self.output.dtype, device=self.output.device)[units, None, :].expand(-1, n, o)
+        found = dict(zip(self.used, self.gradients(seeds), strict=True))
+        zero = self.output.new_zeros(())
+        derivatives = []
+        for number, shape in enumerate(self.shapes):
+            gradient = found.get(number)
+            derivatives.append(zero.expand(len(seeds), *shape) if gradient is None else gradient)
+        return derivatives
+
+
+def _values(kernel: Tensor, scale: float, sizes: tuple[int, int, int], reduce: str, symmetric: bool) -> np.ndarray:
+    n, m, o = sizes
+    if symmetric:
+        mirror(kernel)
+    kernel = kernel.mul_(scale).cpu()
+    if reduce != "none":
+        return kernel.numpy()
+    return kernel.reshape(o, n, o, m).permute(1, 3, 0, 2).numpy()
+
+
+def _contract_rows(
+    recordings: Sequence[Recording], shares: list[Share], fallback: Sequence[str], plan: Contraction
+) -> dict[str, np.ndarray]:
+    """Shares that need a row of the Jacobian for each output of each example."""
+    spans = [row_spans(share) for share in shares]
+    sources = []
+    for side, part in enumerate(recordings):
+        batch = replace(part.batch, parameters={name: part.batch.parameters[name] for name in fallback})
+        sources.append(
+            parameter_sources(batch, plan)
+            + [_row_source(share, span, side, part) for share, span in zip(shares, spans, strict=True)]
+        )
+    second = recordings[1].batch if len(recordings) == 2 else None
+    return contract(recordings[0].batch, second, plan, (sources[0], sources[-1] if second is not None else []))
+
+
+def _row_source(share: Share, bases: list[Tensor] | None, side: int, part: Recording) -> RowSource:
+    """Rows of one parameter, each a sum over the positions of the whole batch."""
+    numbers = [number for number, _ in share.uses[side]]
+    shapes = [part.capture.sites[number].shape for number in numbers]
+    zero = part.batch.output.new_zeros(())
+
+    def rows(gradients: list[Tensor | None]) -> Tensor | None:
+        c = next((len(gradient) for gradient in gradients if gradient is not None), None)
+        if c is None:
+            return None
+        derivatives = {
+            number: zero.expand(c, *shape) if gradient is None else gradient
+            for number, shape, gradient in zip(numbers, shapes, gradients, strict=True)
+        }
+        if bases is None:
+            return share.written(side, derivatives, 1).flatten(1)
+        return outer(bases[side].unsqueeze(0), share.right(side, derivatives, 1)).flatten(1)
+
+    features = math.prod(share.shape) if bases is None else share.features(bases[side].shape[1])
+    edges = tuple(part.capture.sites[number].edge for number in numbers)
+    return RowSource(share.name, edges, features, sum(map(math.prod, shapes)), rows)
