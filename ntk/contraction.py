@@ -2,7 +2,7 @@
 
 Each batch is run once. A row of the Jacobian is the gradient of one output of one example, of a function of the *whole
 batch*: under batch statistics it carries the terms that run through mean and variance. Rows are computed in chunks with
-`torch.autograd.grad(is_grads_batched=True)`, and one at a time where an operator has no batching rule.
+`torch.func.vmap`, and one at a time where an operator has no batching rule.
 
 Cost: one backward pass over the batch per row. Memory: the rows held, which `max_memory` bounds by working in tiles and
 computing rows again, plus the activations of one forward pass.
@@ -89,19 +89,20 @@ class Gradients:
         return [None if parts[0] is None else torch.stack(parts) for parts in zip(*single, strict=True)]
 
     def _grad(self, seeds: torch.Tensor, *, batched: bool) -> list[torch.Tensor | None]:
+        """Gradients for one cotangent, or for one along each entry of the first axis."""
+        reached: list[bool] = []
+
+        def gradients(seed: torch.Tensor) -> list[torch.Tensor]:
+            found = torch.autograd.grad(self.output, self.inputs, seed, retain_graph=True, allow_unused=True)
+            reached[:] = [gradient is not None for gradient in found]
+            return [gradient for gradient in found if gradient is not None]
+
         with warnings.catch_warnings():
             # An operator without a batching rule is computed in a loop inside torch: slower, and as exact.
             warnings.filterwarnings("ignore", message="There is a performance drop", category=UserWarning)
-            return list(
-                torch.autograd.grad(
-                    self.output,
-                    self.inputs,
-                    seeds,
-                    retain_graph=True,
-                    allow_unused=True,
-                    is_grads_batched=batched,
-                )
-            )
+            # torch.func.vmap batches convolutions; is_grads_batched of torch.autograd.grad computes them in a loop.
+            found = iter(torch.func.vmap(gradients)(seeds) if batched else gradients(seeds))
+        return [next(found) if there else None for there in reached]
 
 
 @dataclass(frozen=True, eq=False)

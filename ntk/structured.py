@@ -131,8 +131,9 @@ def _independent_sites(part: Recording) -> list[bool]:
             found.append(False)
         else:
             plain, weighted = gradient.reshape(2, n, -1)
-            scale = plain.abs().max() * weight.abs().max()
-            found.append(bool((weighted - weight * plain).abs().max() <= allowed * scale))
+            rest = torch.addcmul(weighted, weight, plain, value=-1)
+            largest, excess = (torch.linalg.vector_norm(part, math.inf) for part in (plain, rest))
+            found.append(bool(excess <= allowed * largest * weight.abs().max()))
     return found
 
 
