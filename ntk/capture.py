@@ -1,6 +1,6 @@
 """Record, during one forward pass, what the gradients of its parameters are made of.
 
-A function that has a rule (ntk/layer_rules.py) receives a detached alias of its parameter, so that whatever connects
+A function that has a rule (ntk/factors.py) receives a detached alias of its parameter, so that whatever connects
 the parameter to the output afterwards is a use without a rule: `Capture.leaks` names it, and it goes to the exact
 Jacobian contraction instead. Layer outputs are held as edges of the autograd graph: a later in-place activation changes
 the tensor, not the edge.
@@ -14,7 +14,8 @@ from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves, tree_map
 
-from ntk.layer_rules import Factor, couples_examples, find_rule
+from ntk.factors import Factor
+from ntk.layer_rules import couples_examples, find_rule
 
 
 @dataclass(frozen=True, eq=False)

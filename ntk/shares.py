@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ntk.contraction import Contraction
-from ntk.layer_rules import Factor, Product, Written
+from ntk.factors import Factor, Product, Written
 from ntk.projection import Projection, apply_projection, center_rows
 
 Derivatives = Sequence[Tensor] | Mapping[int, Tensor]

@@ -1,6 +1,6 @@
 """The exact NTK of a model by layers, without its Jacobian.
 
-The gradient of an output by a weight is a sum of outer products over positions, Σ_p g_p ⊗ a_p (ntk/layer_rules.py), so
+The gradient of an output by a weight is a sum of outer products over positions, Σ_p g_p ⊗ a_p (ntk/factors.py), so
 that a share of the kernel is Σ_pq (a_p·a_q)(g_p·g_q) (Novak et al. 2022, arXiv 2206.08720). It is summed in the cheaper
 of two ways: over pairs of positions, or by writing the gradients of one example out and multiplying those.
 
