@@ -25,7 +25,8 @@ class ChannelLayerNorm(nn.LayerNorm):
         Returns:
             Features of the same shape.
         """
-        return super().forward(input.movedim(1, -1)).movedim(-1, 1)
+        # Contiguous: behind the strided view, the convolution's backward pass of oneDNN 3.12 corrupts the heap on one thread.
+        return super().forward(input.movedim(1, -1)).movedim(-1, 1).contiguous()
 
 
 @dataclass(frozen=True)
