@@ -25,7 +25,7 @@ class ChannelLayerNorm(nn.LayerNorm):
         Returns:
             Features of the same shape.
         """
-        # Contiguous: behind a strided view oneDNN 3.12's backward pass of a convolution corrupts the heap, on one thread
+        # Contiguous: behind a strided view the backward pass of oneDNN 3.12's convolution corrupts the heap.
         return super().forward(input.movedim(1, -1)).movedim(-1, 1).contiguous()
 
 
