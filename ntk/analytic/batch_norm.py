@@ -16,9 +16,9 @@ import jax.numpy as jnp
 import numpy as np
 from numpy.typing import ArrayLike
 
-from ntk.analytic.closed_forms import Homogeneous
+from ntk.analytic.closed_forms import AnyArray, Homogeneous, namespace
 from ntk.analytic.precision import Array, double_precision
-from ntk.analytic.quadrature import NODES, AnyArray, laplace_rule, namespace, node_count
+from ntk.analytic.quadrature import NODES, laplace_rule, node_count
 
 STATISTICS = ("differentiated", "mean_differentiated", "constant")
 """What the NTK differentiates: mean and variance of the batch, the mean alone, or neither (running statistics)."""

@@ -12,10 +12,7 @@ from ntk.analytic.activations import DualActivation, dual_activation
 from ntk.analytic.closed_forms import Forms
 from ntk.analytic.norms import layer_moment, require_free_norm, require_norm, require_variance, stable_weight_variance
 from ntk.analytic.precision import Array
-from ntk.analytic.variance import VarianceMap
-
-MARGINAL = 1e-12
-"""A slope this near one is one: rounding of a closed form."""
+from ntk.analytic.variance import MARGINAL, VarianceMap
 
 _ROUNDING = 64 * float(np.finfo(np.float64).eps)
 _ONE: Array = np.ones(())

@@ -15,10 +15,10 @@ from ntk.analytic.batch_requirements import require_homogeneous
 from ntk.analytic.compat import stax
 from ntk.analytic.messages import require_choice, require_integer
 from ntk.analytic.norms import require_norm, require_variance, stable_weight_variance
+from ntk.analytic.recursion import DEPTH_REASON
 from ntk.analytic.residual import branch_scales, branch_variance
 
 READOUTS = ("pool", "flatten")
-_DEPTH = "It counts activations: a network with D of them has D + 1 weight matrices."
 
 
 def fully_connected(
@@ -52,7 +52,7 @@ def fully_connected(
     Raises:
         ValueError: If an argument is out of its range, or a name is unknown.
     """
-    require_integer("depth", depth, 1, _DEPTH)
+    require_integer("depth", depth, 1, DEPTH_REASON)
     kind = _Kind(norm, activation, sigma_w2, sigma_b2, parametrization, affine)
     chain = [kind.dense(width, first=True)]
     for out in [width] * (depth - 1) + [out_features]:
@@ -98,7 +98,7 @@ def convolutional(
     Raises:
         ValueError: If an argument is out of its range, or a name is unknown.
     """
-    require_integer("depth", depth, 1, _DEPTH)
+    require_integer("depth", depth, 1, DEPTH_REASON)
     require_choice("readout", readout, READOUTS, "Take 'pool' for an average over positions.")
     kind = _Kind(norm, activation, sigma_w2, sigma_b2, parametrization, affine)
     chain = [kind.conv(channels, filter_shape, padding, first=True)]

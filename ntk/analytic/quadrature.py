@@ -9,16 +9,11 @@ Arrays are NumPy's, or JAX's and possibly traced: the number of nodes is fixed, 
 
 import math
 from functools import lru_cache
-from types import ModuleType
-from typing import Any
 
-import jax.numpy as jnp
 import numpy as np
 
+from ntk.analytic.closed_forms import AnyArray, namespace
 from ntk.analytic.precision import Array
-
-AnyArray = Any
-"""A NumPy array of float64, or a JAX array of any floating-point type."""
 
 NODES = 96
 """Nodes where their number may not depend on the eigenvalues: err by 1e−12, but for those of a batch of rank 3 to 5
@@ -30,11 +25,6 @@ _REFERENCE = 384
 _TOLERANCE = 2e-12
 _GRID = 256  # points among which the end of the integrand is sought
 _MARGIN = 4.0  # cut where the integrand is below e^−4 of the rounding of its peak
-
-
-def namespace(array: AnyArray) -> ModuleType:
-    """Return the module, ``numpy`` or ``jax.numpy``, whose functions the array calls for."""
-    return np if isinstance(array, np.ndarray) else jnp
 
 
 @lru_cache(maxsize=16)

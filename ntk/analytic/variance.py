@@ -17,7 +17,7 @@ SMALLEST, LARGEST = 1e-12, 1e12
 _GRID: Array = np.logspace(-12, 12, 1 + 24 * 48)  # has a node at 1
 _UNIT = _GRID.size // 2
 _EPS = float(np.finfo(np.float64).eps)
-_MARGINAL = 1e-12  # a slope this near one is one: rounding of a closed form
+MARGINAL = 1e-12  # a slope this near one is one: rounding of a closed form
 _PROBE = 1e-3  # relative distance at which a marginal fixed point is tried
 
 
@@ -196,7 +196,7 @@ class VarianceMap:
     def _fixed_point(self, variance: float) -> VarianceFixedPoint:
         """Classify a root by its slope, or by trial where the slope is one."""
         slope = float(self.derivative(variance))
-        if abs(abs(slope) - 1) > _MARGINAL:
+        if abs(abs(slope) - 1) > MARGINAL:
             return VarianceFixedPoint(variance, slope, abs(slope) < 1)
         trials = [variance * (1 - _PROBE), variance * (1 + _PROBE)] if variance else [_PROBE]
         nearer = [abs(float(self(q)) - variance) < abs(q - variance) for q in trials]
