@@ -8,13 +8,17 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from ntk.shares import Derivatives, Share, outer
+from ntk.separable import separate
+from ntk.shares import Derivatives, Share, entries, outer
 
-STRIP = 256
+STRIP = 128
 """Rows of the lower triangle that are multiplied at once (chosen, not tuned)."""
 
 ENTRIES = 2**25
 """Entries that a temporary may have (chosen, not tuned)."""
+
+SEPARABLE = 0.5
+"""What the separable form must save before derivatives are searched for it, a fraction of the cheaper other way."""
 
 ELEMENTWISE = 40
 """Multiply-adds of a matrix product in the time of one elementwise operation (measured on 2 cores: 30 to 60)."""
@@ -92,21 +96,38 @@ def add_share(
     rights.append(rights[0] if block.lower else share.right(-1, derivatives[1], m))
     lefts = [share.left(0, n)]
     lefts.append(lefts[0] if len(share.uses) == 1 else share.left(1, m))
-    if _positions_are_cheaper(block, lefts, rights):
-        _add_positions(block, lefts, rights, multipliers)
-        return True
-    _add_outer(block, lefts, rights, multipliers[0])
-    return False
+    for way in _ranking(_costs(block, lefts, rights)):
+        if way == "positions":
+            _add_positions(block, lefts, rights, multipliers)
+            return True
+        if way == "outer":
+            _add_outer(block, lefts, rights, multipliers[0])
+            return False
+        separated = [separate(right) for right in rights[: 2 - block.lower]]
+        if None not in separated:
+            _add_separable(block, lefts, (separated[0], separated[-1]), multipliers[0])
+            return False
+    raise AssertionError("gradients can always be written out")
 
 
-def _positions_are_cheaper(block: Block, lefts: list[Tensor], rights: list[Tensor]) -> bool:
-    """Whether pairs of positions take fewer operations than gradients written out."""
+def _ranking(costs: dict[str, float]) -> list[str]:
+    """Ways to add a share, the cheapest first; the separable one must save something before it is looked for."""
+    return sorted(costs, key=lambda way: costs[way] / (SEPARABLE if way == "separable" else 1))
+
+
+def _costs(block: Block, lefts: list[Tensor], rights: list[Tensor]) -> dict[str, float]:
+    """Multiply-adds of each way to add a share: pairs of positions; gradients written out; or written for one output."""
     (n, g, k, p), (m, _, _, p2) = lefts[0].shape, lefts[1].shape
     (u, _, _, q, _), v = rights[0].shape, len(rights[1])
-    pairs = (u if block.paired else u * v) * n * m / (2 if block.lower else 1)
-    written = (u * n * p + (0 if block.lower else v * m * p2)) * g * k * q + pairs * g * k * q
+    units = u if block.paired else u * v
+    pairs = units * n * m / (2 if block.lower else 1)
     elementwise = ELEMENTWISE * (n * m if block.paired else pairs) * p * p2 * g
-    return n * m * p * p2 * g * k + pairs * p * p2 * g * q + elementwise < written
+    written = (n * p + m * p2) * g * k * q
+    return {
+        "positions": n * m * p * p2 * g * k + pairs * p * p2 * g * q + elementwise,
+        "outer": (u * n * p + (0 if block.lower else v * m * p2)) * g * k * q + pairs * g * k * q,
+        "separable": written + n * m * g * q * (k + units),
+    }
 
 
 def _add_outer(block: Block, lefts: list[Tensor], rights: list[Tensor], factor: float) -> None:
@@ -115,9 +136,28 @@ def _add_outer(block: Block, lefts: list[Tensor], rights: list[Tensor], factor: 
     step = max(1, min(q, block.entries // max(1, u * n * g * k)))
     for start in range(0, q, step):
         part = slice(start, min(start + step, q))
-        one = outer(lefts[0], rights[0][:, :, :, part]).flatten(2)
-        other = one if block.lower else outer(lefts[1], rights[1][:, :, :, part]).flatten(2)
+        one = entries(outer(lefts[0], rights[0][:, :, :, part]))
+        other = one if block.lower else entries(outer(lefts[1], rights[1][:, :, :, part]))
         block.add_rows(one, other, factor)
+
+
+def _add_separable(
+    block: Block, lefts: list[Tensor], separated: tuple[tuple[Tensor, Tensor], ...], factor: float
+) -> None:
+    """Write the gradients of one output out, and weigh their products for each channel."""
+    (n, m), (one, other) = block.sizes, (units.flatten(1) for units, _ in separated)
+    weights = one * other if block.paired else (one.unsqueeze(1) * other).flatten(0, 1)
+    rows = [(values @ left.mT).flatten(1, 2) for left, (_, values) in zip(lefts, separated, strict=True)]
+    step = max(1, block.entries // (n * m))
+    for start in range(0, weights.shape[1], step):
+        part = slice(start, start + step)
+        products = rows[0][:, part].transpose(0, 1) @ rows[1][:, part].permute(1, 2, 0)
+        summed = factor * weights[:, part] @ products.flatten(1)
+        if block.paired:
+            block.target.add_(summed.sum(0).reshape(n, m))
+        else:
+            target = block.target.unflatten(1, (-1, m)).unflatten(0, (-1, n))
+            target += summed.reshape(len(one), len(other), n, m).transpose(1, 2)
 
 
 def _add_positions(block: Block, lefts: list[Tensor], rights: list[Tensor], multipliers: tuple[float, float]) -> None:

@@ -8,14 +8,21 @@ the tensor, not the edge.
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
+from torch.autograd.function import BackwardCFunction
 from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves, tree_map
 
+from ntk.convolution import LAYOUTS, Convolution, convolve
+from ntk.examplewise import keeps_examples_apart, normalizes_over_batch
 from ntk.factors import Factor
-from ntk.layer_rules import couples_examples, find_rule
+from ntk.layer_rules import find_rule
+
+_OF_LAYOUT = {torch.Tensor.view, torch.Tensor.view_as, torch.Tensor.as_strided, torch.as_strided}
+"""Functions that see in what order the entries of a tensor lie."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -41,6 +48,7 @@ class Capture(TorchFunctionMode):
     Attributes:
         sites: Calls recorded, in their order.
         coupled: How many of the first sites lie before a layer that normalizes over the batch.
+        doubtful: How many of the first sites lie before a call of which it is not known that it keeps examples apart.
     """
 
     def __init__(self, excluded: set[str]) -> None:
@@ -53,6 +61,7 @@ class Capture(TorchFunctionMode):
         self.excluded = excluded
         self.sites: list[Site] = []
         self.coupled = 0
+        self.doubtful = 0
         self._every: dict[int, str] = {}
         self._names: dict[int, str] = {}
         self._parameters: dict[str, torch.Tensor] = {}
@@ -79,26 +88,43 @@ class Capture(TorchFunctionMode):
             kwargs: Its named arguments.
         """
         kwargs = kwargs or {}
+        if not torch.is_grad_enabled():
+            return func(*args, **kwargs)
+        before = len(self.sites)
+        normalizes = normalizes_over_batch(func, args, kwargs)
         rule = find_rule(func)
-        if rule is None or not torch.is_grad_enabled():
-            return func(*args, **kwargs)
-        if couples_examples(func, args, kwargs):
-            self.coupled = len(self.sites)
-        factors = rule(self._named, *args, **kwargs) if self._watched(args, kwargs) else []
-        if not factors:
-            return func(*args, **kwargs)
+        factors = rule(self._named, *args, **kwargs) if rule and self._watched(args, kwargs) else []
+        if factors:
+            args, kwargs, sources = self._detached(factors, args, kwargs)
+        output = self._run(func, args, kwargs)
+        if factors:
+            if output._is_view():  # an in-place operation on a view would reroute the graph around it
+                output = output.clone()
+            # The running statistics of a batch norm are written to, and not read.
+            versions = tuple((source, source._version) for source in (sources[:1] if normalizes else sources))
+            self.sites.append(Site(get_gradient_edge(output), tuple(output.shape), tuple(factors), versions))
+        if normalizes:
+            self.coupled = before
+        elif not keeps_examples_apart(func, args, kwargs, output) and _may_carry_gradients(func, output):
+            self.doubtful = before
+        return output
+
+    def _detached(self, factors: Sequence[Factor], args: Sequence, kwargs: dict) -> tuple[Sequence, dict, list]:
+        """The arguments with aliases for the parameters of the factors, and the tensors among the original ones."""
         names = {factor.name for factor in factors}
         aliases = {id(self._parameters[name]): self._parameters[name].detach().requires_grad_() for name in names}
         sources = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
-        if couples_examples(func, args, kwargs):
-            sources = sources[:1]  # the running statistics are written to, and not read
         args, kwargs = tree_map(lambda leaf: aliases.get(id(leaf), leaf), (args, kwargs))
-        output = func(*args, **kwargs)
-        if output._is_view():  # an in-place operation on a view would reroute the graph around it
-            output = output.clone()
-        versions = tuple((source, source._version) for source in sources)
-        self.sites.append(Site(get_gradient_edge(output), tuple(output.shape), tuple(factors), versions))
-        return output
+        return args, kwargs, sources
+
+    @staticmethod
+    def _run(func: Callable, args: Sequence, kwargs: dict) -> Any:
+        """Run one function, a convolution in its faster form."""
+        if func in LAYOUTS:
+            return convolve(func, *args, **kwargs)
+        if func in _OF_LAYOUT and isinstance(args[0], torch.Tensor):
+            args = args[0].contiguous(), *args[1:]
+        return func(*args, **kwargs)
 
     def _named(self, value: object) -> str | None:
         return self._names.get(id(value)) if isinstance(value, torch.Tensor) else None
@@ -113,6 +139,17 @@ class Capture(TorchFunctionMode):
             output: Of the model.
         """
         return {self._every[key] for key in _leaves(output) if key in self._every}
+
+    def doubtful_sites(self, output: torch.Tensor) -> range:
+        """Numbers of the sites of which it must be tested whether examples meet behind them.
+
+        Args:
+            output: Of the model.
+        """
+        own = Convolution._backward_cls
+        # What others write as an autograd.Function goes past __torch_function__.
+        custom = any(isinstance(node, BackwardCFunction) and not isinstance(node, own) for node in _nodes(output))
+        return range(self.coupled, len(self.sites) if custom else self.doubtful)
 
     def leaks(self, output: torch.Tensor) -> set[str]:
         """Recorded parameters that must not have been: also used without a rule, or with inputs changed in place.
@@ -130,20 +167,26 @@ class Capture(TorchFunctionMode):
         return recorded & (self.connected(output) | stale)
 
 
+def _may_carry_gradients(function: Callable, output: object) -> bool:
+    """Whether what a call returns or changes may depend on parameters; a call that returns nothing changes something."""
+    leaves = tree_leaves(output)
+    return output is None or any(isinstance(leaf, torch.Tensor) and leaf.requires_grad for leaf in leaves)
+
+
 def _leaves(output: torch.Tensor) -> set[int]:
     """Identities of the leaf tensors that a tensor is connected to."""
-    if output.grad_fn is None:
-        return {id(output)}
-    found: set[int] = set()
-    seen: set[Node] = {output.grad_fn}
-    stack = [output.grad_fn]
+    variables = (getattr(node, "variable", None) for node in _nodes(output))
+    found = {id(variable) for variable in variables if variable is not None}
+    return found or {id(output)}
+
+
+def _nodes(output: torch.Tensor) -> set[Node]:
+    """Nodes of the autograd graph of a tensor."""
+    seen = set() if output.grad_fn is None else {output.grad_fn}
+    stack = list(seen)
     while stack:
-        node = stack.pop()
-        variable = getattr(node, "variable", None)
-        if variable is not None:
-            found.add(id(variable))
-        for parent, _ in node.next_functions:
+        for parent, _ in stack.pop().next_functions:
             if parent is not None and parent not in seen:
                 seen.add(parent)
                 stack.append(parent)
-    return found
+    return seen

@@ -161,7 +161,8 @@ def _kernels(
         inputs = [("x1", x1)] if x2 is None else [("x1", x1), ("x2", x2)]
         kernels, by_jacobian = _contract(model, inputs, dtype, implementation, plan)
     for name, values in kernels.items():
-        if not np.isfinite(values).all():
+        values.setflags(write=False)
+        if not np.isfinite((values.min(), values.max())).all():
             raise NonFiniteKernelError(
                 f"the kernel{f' of layer {name!r}' if name else ''} is not finite although the output is: a gradient "
                 "overflows or is undefined. Pass dtype=torch.float64, or look for a square root or norm at zero."

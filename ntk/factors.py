@@ -29,6 +29,7 @@ class Product:
         sizes: (g, K, P, Q).
         derivative_first: Whether the axes of the parameter are (g Q, K), as in a linear layer, or (g K, Q).
         tokens: Of an embedding, else None.
+        order: Of a convolution, where each of the K entries of the parameter stands on the side of the input; else None.
     """
 
     name: str
@@ -37,6 +38,7 @@ class Product:
     sizes: tuple[int, int, int, int]
     derivative_first: bool = True
     tokens: Tensor | None = None
+    order: Tensor | None = None
 
 
 @dataclass(frozen=True, eq=False)

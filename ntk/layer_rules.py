@@ -1,6 +1,5 @@
 """What the gradient of a weight factors into, for each function that is linear in one."""
 
-import inspect
 import math
 from collections.abc import Callable, Sequence
 
@@ -19,22 +18,6 @@ def find_rule(function: Callable) -> Rule | None:
         function: As `__torch_function__` receives it.
     """
     return _RULES.get(function)
-
-
-def couples_examples(function: Callable, args: Sequence, kwargs: dict) -> bool:
-    """Whether a call normalizes over the batch.
-
-    Args:
-        function: As `__torch_function__` receives it.
-        args: Its positional arguments.
-        kwargs: Its named arguments.
-    """
-    if function is not F.batch_norm:
-        return False
-    return bool(_BATCH_NORM.bind(*args, **kwargs).arguments.get("training", False))
-
-
-_BATCH_NORM = inspect.signature(F.batch_norm)
 
 
 def _linear(named: Named, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> list[Factor]:
@@ -95,16 +78,17 @@ def _convolution(dims: int) -> Rule:
         pads = _pads(padding, kernel, dilations)
         m, q, k = input.shape[0], weight.shape[0] // groups, math.prod(weight.shape[1:])
         positions = math.prod(_positions(input.shape[2:], kernel, steps, pads, dilations))
+
+        def left(tokens: Tensor | None) -> Tensor:
+            patches = _patches(input.detach(), kernel, steps, pads, dilations).unflatten(dims + 1, (groups, -1))
+            last = patches.movedim(dims + 2, -1)  # channels, as they lie in memory
+            return last.reshape(m, positions, groups, k).permute(0, 2, 3, 1)
+
         factors: list[Factor] = []
         if name := named(weight):
-            factors.append(
-                Product(
-                    name,
-                    lambda tokens: _patches(input.detach(), kernel, steps, pads, dilations).reshape(m, groups, k, -1),
-                    lambda d: d.reshape(len(d), m, groups, q, -1),
-                    (groups, k, positions, q),
-                )
-            )
+            order = torch.arange(k, device=input.device).reshape(math.prod(kernel), -1).T.flatten()
+            right = lambda d: d.reshape(len(d), m, groups, q, -1)
+            factors.append(Product(name, left, right, (groups, k, positions, q), order=order))
         if bias is not None and (bias_name := named(bias)):
             factors.append(Written(bias_name, lambda d: d.flatten(3).sum(3), named(weight)))
         return factors
@@ -137,7 +121,7 @@ def _transposed_convolution(dims: int) -> Rule:
         def right(derivatives: Tensor) -> Tensor:
             flat = derivatives.flatten(0, 1)
             patches = _patches(flat, kernel, steps, pads, dilations, positions=shape)
-            return patches.reshape(len(derivatives), m, groups, q, -1)
+            return patches.reshape(len(derivatives), m, -1, groups, q).permute(0, 1, 3, 4, 2)
 
         factors: list[Factor] = []
         if name := named(weight):
@@ -216,16 +200,15 @@ def _patches(
     dilation: Sequence[int],
     positions: Sequence[int] | None = None,
 ) -> Tensor:
-    """The patches that a kernel meets: [m, channels, *space] -> [m, channels, *kernel, *positions], a view."""
+    """The patches that a kernel meets: [m, channels, *space] -> [m, *positions, channels, *kernel], a view."""
     if positions is None:
         positions = _positions(x.shape[2:], kernel, stride, pads, dilation)
     if any(sum(pads, ())):
         x = F.pad(x, [size for pad in reversed(pads) for size in pad])
-    x = x.contiguous()
     steps = x.stride()
     taps = [step * d for step, d in zip(steps[2:], dilation, strict=True)]
     moves = [step * s for step, s in zip(steps[2:], stride, strict=True)]
-    return x.as_strided((*x.shape[:2], *kernel, *positions), (*steps[:2], *taps, *moves))
+    return x.as_strided((len(x), *positions, x.shape[1], *kernel), (steps[0], *moves, steps[1], *taps))
 
 
 _RULES: dict[Callable, Rule] = {

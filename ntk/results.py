@@ -67,7 +67,7 @@ class KernelResult:
     versions: Mapping[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        """Check the fields against each other and make the arrays read-only copies."""
+        """Check the fields against each other, and copy the arrays that could still be written to."""
         _one_of("kind", self.kind, ("ntk", "nngp"))
         _one_of("reduce", self.reduce, tuple(AXES))
         _one_of("parametrization", self.parametrization, ("standard", "scaled"))
@@ -75,7 +75,7 @@ class KernelResult:
         object.__setattr__(self, "axes", tuple(self.axes))
         for name in ("values", "standard_error"):
             array = getattr(self, name)
-            if array is not None:
+            if array is not None and (not isinstance(array, np.ndarray) or array.flags.writeable):
                 array = np.array(array, order="C")
                 array.setflags(write=False)
                 object.__setattr__(self, name, array)
@@ -95,10 +95,8 @@ class KernelResult:
         if self.standard_error is not None and self.standard_error.shape != shape:
             raise ValueError(f"standard_error must have the shape {shape} of values, got {self.standard_error.shape}.")
         if self.symmetric:
-            scale = float(np.abs(self.values).max(initial=0.0))
-            tolerance = float(np.sqrt(np.finfo(self.values.dtype).eps)) * scale
-            transposed = self.values.transpose((1, 0, 3, 2)[: len(shape)]) if shape[0] == shape[1] else None
-            if transposed is None or bool((np.abs(self.values - transposed) > tolerance).any()):
+            tolerance = float(np.sqrt(np.finfo(self.values.dtype).eps)) * _largest(self.values)
+            if shape[0] != shape[1] or _asymmetry(self.values) > tolerance:
                 raise ValueError(
                     f"symmetric=True needs values equal to their transpose over examples and outputs; shape {shape} is "
                     "not. Pass symmetric=False for a cross kernel."
@@ -239,6 +237,19 @@ class KernelResult:
     def _repr_html_(self) -> str:
         """Heat map of the matrix, with its convention."""
         return html_figure(kernel_svg(self.flatten()), f"{self.describe()}; shape {self.shape}")
+
+
+def _largest(values: np.ndarray) -> float:
+    """Largest absolute entry, without a temporary array."""
+    return float(max(values.max(initial=0.0), -values.min(initial=0.0)))
+
+
+def _asymmetry(values: np.ndarray) -> float:
+    """Largest difference from the transpose over examples and outputs, with the memory of one pair of outputs."""
+    if values.ndim == 2:
+        values = values[:, :, None, None]
+    outputs = range(values.shape[2])
+    return max((_largest(values[:, :, a, b] - values[:, :, b, a].T) for a in outputs for b in range(a + 1)), default=0.0)
 
 
 def _one_of(name: str, value: str, admissible: tuple[str, ...]) -> None:

@@ -116,24 +116,24 @@ def _independent_sites(part: Recording) -> list[bool]:
     """Whether an example's outputs have derivatives at that example alone, for each recorded call."""
     output, sites = part.batch.output, part.capture.sites
     n, o = output.shape
-    if not (sites and output.requires_grad):
+    if not output.requires_grad:
         return [False] * len(sites)
+    coupled = part.capture.coupled
+    found = [number >= coupled and site.shape[:1] > (0,) and site.shape[0] % n == 0 for number, site in enumerate(sites)]
+    tested = [number for number in part.capture.doubtful_sites(output) if found[number]]
+    if not tested:
+        return found
     generator = torch.Generator().manual_seed(0)  # any numbers will do, and the global generator is left alone
     direction, weight = (torch.randn(*size, generator=generator).to(output) for size in ((o,), (n, 1)))
     seeds = torch.stack([direction.expand(n, o), weight * direction])
-    gradients = Gradients(output, [site.edge for site in sites])(seeds)
+    gradients = Gradients(output, [sites[number].edge for number in tested])(seeds)
     allowed = ROUNDING * torch.finfo(output.dtype).eps
-    found = []
-    for number, (site, gradient) in enumerate(zip(sites, gradients, strict=True)):
-        if gradient is None:
-            found.append(True)
-        elif number < part.capture.coupled or not site.shape or site.shape[0] % n:
-            found.append(False)
-        else:
+    for number, gradient in zip(tested, gradients, strict=True):
+        if gradient is not None:
             plain, weighted = gradient.reshape(2, n, -1)
             rest = torch.addcmul(weighted, weight, plain, value=-1)
             largest, excess = (torch.linalg.vector_norm(part, math.inf) for part in (plain, rest))
-            found.append(bool(excess <= allowed * largest * weight.abs().max()))
+            found[number] = bool(excess <= allowed * largest * weight.abs().max())
     return found
 
 
@@ -274,7 +274,7 @@ def _row_source(share: Share, bases: list[Tensor] | None, side: int, part: Recor
         }
         if bases is None:
             return share.written(side, derivatives, 1).flatten(1)
-        return outer(bases[side].unsqueeze(0), share.right(side, derivatives, 1)).flatten(1)
+        return outer(bases[side].unsqueeze(0), share.right(side, derivatives, 1)).mT.flatten(1)
 
     features = math.prod(share.shape) if bases is None else share.features(bases[side].shape[1])
     edges = tuple(part.capture.sites[number].edge for number in numbers)

@@ -240,11 +240,11 @@ def test_projected_and_scaled(name: str) -> None:
         assert_same(result, expected)
 
 
-@pytest.mark.parametrize("cheaper", [True, False])
+@pytest.mark.parametrize("way", ["positions", "outer", "separable"])
 @pytest.mark.parametrize("reduce", ["none", "trace"])
 @pytest.mark.parametrize("name", ["conv2d groups", "conv transposed 2d", "embedding", "called twice", "layer norm"])
-def test_both_ways_to_sum(name: str, reduce: str, cheaper: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(blocks, "_positions_are_cheaper", lambda *sides: cheaper)
+def test_every_way_to_sum(name: str, reduce: str, way: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(blocks, "_ranking", lambda costs: [way, "outer"])
     model, x1, x2 = build(name)
     first, second = jacobian(model, x1), jacobian(model, x2)
     assert_same(ntk.empirical_ntk(model, x1, reduce=reduce), reduced(kernel(first, first), reduce))
