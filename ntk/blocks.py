@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from ntk.separable import separate
-from ntk.shares import Derivatives, Share, entries, outer
+from ntk.shares import Derivatives, Share, outer
 
 STRIP = 128
 """Rows of the lower triangle that are multiplied at once (chosen, not tuned)."""
@@ -136,8 +136,8 @@ def _add_outer(block: Block, lefts: list[Tensor], rights: list[Tensor], factor: 
     step = max(1, min(q, block.entries // max(1, u * n * g * k)))
     for start in range(0, q, step):
         part = slice(start, min(start + step, q))
-        one = entries(outer(lefts[0], rights[0][:, :, :, part]))
-        other = one if block.lower else entries(outer(lefts[1], rights[1][:, :, :, part]))
+        one = outer(lefts[0], rights[0][:, :, :, part]).flatten(2)
+        other = one if block.lower else outer(lefts[1], rights[1][:, :, :, part]).flatten(2)
         block.add_rows(one, other, factor)
 
 

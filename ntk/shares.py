@@ -126,8 +126,8 @@ class Share:
             return rows.squeeze(2) if rows.shape[2] == 1 else rows.sum(2)
         rows = outer(_cut(factor.left(None), n), _cut(factor.right(derivative), n, axis=1))
         if factor.order is not None:
-            rows = rows[..., factor.order, :]
-        return (rows.mT if factor.derivative_first else rows).reshape(*rows.shape[:2], -1)
+            rows = rows[..., factor.order]
+        return (rows if factor.derivative_first else rows.mT).reshape(*rows.shape[:2], -1)
 
 
 def outer(left: Tensor, right: Tensor) -> Tensor:
@@ -138,35 +138,18 @@ def outer(left: Tensor, right: Tensor) -> Tensor:
         right: [u, n, g, Q, P]
 
     Returns:
-        [u, n, g, K, Q], laid out as the product comes out fastest.
+        [u, n, g, Q, K]
     """
     (n, g, k, p), (u, q) = left.shape, (len(right), right.shape[3])
     if n == g == 1:  # one product for all rows
-        return (right[:, 0, 0] @ left[0, 0].T).transpose(1, 2)[:, None, None]
-    if _all_at_once(k, q):
+        return (right[:, 0, 0] @ left[0, 0].T)[:, None, None]
+    if 2 * q < k < 2 * p:  # few columns, and products smaller than factors: one product for all rows of an example
         side = right.permute(1, 2, 4, 0, 3).reshape(n, g, p, u * q)
-        return (side.mT @ left.mT).unflatten(2, (u, q)).movedim(2, 0).mT
-    rows = right.new_empty(u, n, g, k, q)
+        return (side.mT @ left.mT).unflatten(2, (u, q)).movedim(2, 0)
+    rows = right.new_empty(u, n, g, q, k)
     for out, part in zip(rows, right, strict=True):
-        torch.matmul(left, part.mT, out=out)
+        torch.matmul(part, left.mT, out=out)
     return rows
-
-
-def entries(rows: Tensor) -> Tensor:
-    """Flatten outer products, in an order that depends on K and Q alone.
-
-    Args:
-        rows: [u, n, g, K, Q], from `outer`.
-
-    Returns:
-        [u, n, g K Q]
-    """
-    return (rows.mT if _all_at_once(*rows.shape[-2:]) else rows).flatten(2)
-
-
-def _all_at_once(k: int, q: int) -> bool:
-    """Whether one product for the rows of an example is faster than one for each row, though it copies derivatives."""
-    return k > 2 * q
 
 
 def bias_shares(shares: Sequence[Share], plan: Contraction) -> dict[str, str]:
