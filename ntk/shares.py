@@ -126,8 +126,8 @@ class Share:
             return rows.squeeze(2) if rows.shape[2] == 1 else rows.sum(2)
         rows = outer(_cut(factor.left(None), n), _cut(factor.right(derivative), n, axis=1))
         if factor.order is not None:
-            rows = rows[..., factor.order]
-        return (rows if factor.derivative_first else rows.mT).reshape(*rows.shape[:2], -1)
+            rows = rows[..., factor.order, :]
+        return (rows.mT if factor.derivative_first else rows).reshape(*rows.shape[:2], -1)
 
 
 def outer(left: Tensor, right: Tensor) -> Tensor:
@@ -138,17 +138,17 @@ def outer(left: Tensor, right: Tensor) -> Tensor:
         right: [u, n, g, Q, P]
 
     Returns:
-        [u, n, g, Q, K]
+        [u, n, g, K, Q]
     """
     (n, g, k, p), (u, q) = left.shape, (len(right), right.shape[3])
     if n == g == 1:  # one product for all rows
-        return (right[:, 0, 0] @ left[0, 0].T)[:, None, None]
+        return (right[:, 0, 0] @ left[0, 0].T).mT[:, None, None]
     if 2 * q < k < 2 * p:  # few columns, and products smaller than factors: one product for all rows of an example
         side = right.permute(1, 2, 4, 0, 3).reshape(n, g, p, u * q)
-        return (side.mT @ left.mT).unflatten(2, (u, q)).movedim(2, 0)
-    rows = right.new_empty(u, n, g, q, k)
+        return (side.mT @ left.mT).unflatten(2, (u, q)).movedim(2, 0).mT
+    rows = right.new_empty(u, n, g, k, q)
     for out, part in zip(rows, right, strict=True):
-        torch.matmul(part, left.mT, out=out)
+        torch.matmul(left, part.mT, out=out)
     return rows
 
 

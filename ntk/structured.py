@@ -274,7 +274,7 @@ def _row_source(share: Share, bases: list[Tensor] | None, side: int, part: Recor
         }
         if bases is None:
             return share.written(side, derivatives, 1).flatten(1)
-        return outer(bases[side].unsqueeze(0), share.right(side, derivatives, 1)).flatten(1)
+        return outer(bases[side].unsqueeze(0), share.right(side, derivatives, 1)).mT.flatten(1)
 
     features = math.prod(share.shape) if bases is None else share.features(bases[side].shape[1])
     edges = tuple(part.capture.sites[number].edge for number in numbers)
