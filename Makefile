@@ -1,7 +1,8 @@
 # Everything happens inside this checkout: the virtual environment in .venv, every cache in .cache, reports in reports/.
-# Two settings may be given on the command line or in the environment:
+# Three settings may be given on the command line or in the environment:
 #   PYTHON   interpreters to try, in order; the first that is 3.11 or later builds the virtual environment
 #   WORKERS  processes that run the tests
+#   BENCH    options of the benchmark, such as BENCH="--task T1 --quick"
 PYTHON ?= python3.11 python3
 WORKERS ?= 2
 
@@ -25,7 +26,7 @@ export JUPYTER_RUNTIME_DIR := $(CACHE)/jupyter/runtime
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help install verify conversions accuracy test lint style typecheck contracts format notebooks spectra clean
+.PHONY: help install verify conversions accuracy bench test lint style typecheck contracts format notebooks spectra clean
 
 help:  ## Show this menu
 	@echo "make TARGET, where TARGET is one of"
@@ -70,6 +71,18 @@ conversions: $(STAMP)  ## Convert networks of others to every method, and print 
 
 accuracy: $(STAMP)  ## Train a narrow VGG11 and ResNet-18 on digits under every method, each at its own recipe
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/digits_accuracy.py
+
+# The peers' packages go where only the processes that measure them look, and without dependencies: they ask for
+# torchvision, which nothing here uses.
+PEERS := $(CACHE)/peers
+
+bench: $(STAMP) $(PEERS)/.installed  ## Time the empirical NTK against its peers, about an hour; benchmarks/results/
+	$(BIN)/python -m benchmarks.empirical_ntk $(BENCH)
+
+$(PEERS)/.installed: benchmarks/empirical_ntk/peers.txt $(STAMP)
+	rm -rf $(PEERS)
+	$(PIP) install --quiet --no-deps --target $(PEERS) -r $<
+	@touch $@
 
 # Numerical libraries get one thread per worker, or the workers would fight over cores. A browser keeps its notes in .cache.
 TESTING := OMP_NUM_THREADS=1 XDG_CONFIG_HOME="$(CACHE)/config" XDG_CACHE_HOME="$(CACHE)"

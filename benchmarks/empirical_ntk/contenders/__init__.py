@@ -1,0 +1,1 @@
+"""The contenders, one file per library; registry.py lists them."""
