@@ -3,10 +3,12 @@
 A function that has a rule (ntk/factors.py) receives a detached alias of its parameter, so that whatever connects
 the parameter to the output afterwards is a use without a rule: `Capture.leaks` names it, and it goes to the exact
 Jacobian contraction instead. Layer outputs are held as edges of the autograd graph: a later in-place activation changes
-the tensor, not the edge.
+the tensor, not the edge. A model that differentiates inside its forward pass reaches an alias past that output:
+`Capture.leaks` looks for edges that enter a recorded call by another way.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -34,12 +36,14 @@ class Site:
         shape: Of the output.
         factors: What the gradients are made of, one entry for each parameter.
         sources: Tensors that the factors read later -> their version when the call was made.
+        inside: Nodes of the graph between the output and the parameters.
     """
 
     edge: GradientEdge
     shape: tuple[int, ...]
     factors: tuple[Factor, ...]
     sources: tuple[tuple[torch.Tensor, int], ...]
+    inside: frozenset[Node]
 
 
 class Capture(TorchFunctionMode):
@@ -88,43 +92,42 @@ class Capture(TorchFunctionMode):
             kwargs: Its named arguments.
         """
         kwargs = kwargs or {}
-        if not torch.is_grad_enabled():
-            return func(*args, **kwargs)
         before = len(self.sites)
+        if _inside_transform():
+            self.doubtful = before
+        if not torch.is_grad_enabled() or _inside_transform():
+            return func(*args, **kwargs)
         normalizes = normalizes_over_batch(func, args, kwargs)
-        rule = find_rule(func)
-        factors = rule(self._named, *args, **kwargs) if rule and self._watched(args, kwargs) else []
-        if factors:
-            args, kwargs, sources = self._detached(factors, args, kwargs)
-        output = self._run(func, args, kwargs)
-        if factors:
-            if output._is_view():  # an in-place operation on a view would reroute the graph around it
-                output = output.clone()
-            # The running statistics of a batch norm are written to, and not read.
-            versions = tuple((source, source._version) for source in (sources[:1] if normalizes else sources))
-            self.sites.append(Site(get_gradient_edge(output), tuple(output.shape), tuple(factors), versions))
+        output = self._record(func, args, kwargs, normalizes=normalizes)
         if normalizes:
             self.coupled = before
-        elif not keeps_examples_apart(func, args, kwargs, output) and _may_carry_gradients(func, output):
+        elif not keeps_examples_apart(func, args, kwargs, output) and _may_carry_gradients(output):
             self.doubtful = before
         return output
 
-    def _detached(self, factors: Sequence[Factor], args: Sequence, kwargs: dict) -> tuple[Sequence, dict, list]:
-        """The arguments with aliases for the parameters of the factors, and the tensors among the original ones."""
-        names = {factor.name for factor in factors}
+    def _record(self, func: Callable, args: Sequence, kwargs: dict, *, normalizes: bool) -> Any:
+        """Run one function, and note the call if all that its parameters reach is its output."""
+        rule = find_rule(func)
+        factors = rule(self._named, *args, **kwargs) if rule and self._watched(args, kwargs) else []
+        names = Counter(factor.name for factor in factors)
+        sources = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)] if factors else []
+        if names != Counter(name for leaf in sources if (name := self._named(leaf)) in names):
+            return _run(func, args, kwargs)  # a weight that is its own input has a second gradient
         aliases = {id(self._parameters[name]): self._parameters[name].detach().requires_grad_() for name in names}
-        sources = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
-        args, kwargs = tree_map(lambda leaf: aliases.get(id(leaf), leaf), (args, kwargs))
-        return args, kwargs, sources
-
-    @staticmethod
-    def _run(func: Callable, args: Sequence, kwargs: dict) -> Any:
-        """Run one function, a convolution in its faster form."""
-        if func in LAYOUTS:
-            return convolve(func, *args, **kwargs)
-        if func in _OF_LAYOUT and isinstance(args[0], torch.Tensor):
-            args = args[0].contiguous(), *args[1:]
-        return func(*args, **kwargs)
+        if aliases:
+            args, kwargs = tree_map(lambda leaf: aliases.get(id(leaf), leaf), (args, kwargs))
+        output = _run(func, args, kwargs)
+        if not factors or output.numel() == 0:  # nothing depends on an empty output
+            return output
+        if output._is_view():  # an in-place operation on a view would reroute the graph around it
+            output = output.clone()
+        # The running statistics of a batch norm are written to, and not read.
+        versions = tuple((source, source._version) for source in (sources[:1] if normalizes else sources))
+        edge = get_gradient_edge(output)
+        inputs = [source for source in sources if source.requires_grad and id(source) not in aliases]
+        inside = frozenset(_nodes(edge.node, {get_gradient_edge(source).node for source in inputs}))
+        self.sites.append(Site(edge, tuple(output.shape), tuple(factors), versions, inside))
+        return output
 
     def _named(self, value: object) -> str | None:
         return self._names.get(id(value)) if isinstance(value, torch.Tensor) else None
@@ -138,7 +141,8 @@ class Capture(TorchFunctionMode):
         Args:
             output: Of the model.
         """
-        return {self._every[key] for key in _leaves(output) if key in self._every}
+        leaves = {id(getattr(node, "variable", None)) for node in _graph(output)} | {id(output)}
+        return {self._every[key] for key in leaves if key in self._every}
 
     def doubtful_sites(self, output: torch.Tensor) -> range:
         """Numbers of the sites of which it must be tested whether examples meet behind them.
@@ -148,7 +152,7 @@ class Capture(TorchFunctionMode):
         """
         own = Convolution._backward_cls
         # What others write as an autograd.Function goes past __torch_function__.
-        custom = any(isinstance(node, BackwardCFunction) and not isinstance(node, own) for node in _nodes(output))
+        custom = any(isinstance(node, BackwardCFunction) and not isinstance(node, own) for node in _graph(output))
         return range(self.coupled, len(self.sites) if custom else self.doubtful)
 
     def leaks(self, output: torch.Tensor) -> set[str]:
@@ -158,35 +162,53 @@ class Capture(TorchFunctionMode):
             output: Of the model.
         """
         recorded = {factor.name for site in self.sites for factor in site.factors}
-        stale = {
-            factor.name
-            for site in self.sites
-            if any(source._version != version for source, version in site.sources)
-            for factor in site.factors
-        }
-        return recorded & (self.connected(output) | stale)
+        changed = [site for site in self.sites if any(source._version != version for source, version in site.sources)]
+        spoiled = {factor.name for site in (*changed, *self._bypassed(output)) for factor in site.factors}
+        return recorded & (self.connected(output) | spoiled)
+
+    def _bypassed(self, output: torch.Tensor) -> list[Site]:
+        """Calls whose parameters the output depends on otherwise than through the output of the call."""
+        homes = {node: site for site in self.sites for node in site.inside}
+        return [
+            homes[parent]
+            for node in _graph(output)
+            for parent, _ in node.next_functions
+            if parent in homes and parent != homes[parent].edge.node and homes.get(node) is not homes[parent]
+        ]
 
 
-def _may_carry_gradients(function: Callable, output: object) -> bool:
+def _run(func: Callable, args: Sequence, kwargs: dict) -> Any:
+    """Run one function, a convolution in its faster form."""
+    if func in LAYOUTS:
+        return convolve(func, *args, **kwargs)
+    if func in _OF_LAYOUT and isinstance(args[0], torch.Tensor):
+        args = args[0].contiguous(), *args[1:]
+    return func(*args, **kwargs)
+
+
+def _may_carry_gradients(output: object) -> bool:
     """Whether what a call returns or changes may depend on parameters; a call that returns nothing changes something."""
     leaves = tree_leaves(output)
     return output is None or any(isinstance(leaf, torch.Tensor) and leaf.requires_grad for leaf in leaves)
 
 
-def _leaves(output: torch.Tensor) -> set[int]:
-    """Identities of the leaf tensors that a tensor is connected to."""
-    variables = (getattr(node, "variable", None) for node in _nodes(output))
-    found = {id(variable) for variable in variables if variable is not None}
-    return found or {id(output)}
+def _inside_transform() -> bool:
+    """Whether the model is inside a transform of torch.func, where tensors stand for batches or for dual numbers."""
+    return torch._C._functorch.maybe_current_level() is not None
 
 
-def _nodes(output: torch.Tensor) -> set[Node]:
-    """Nodes of the autograd graph of a tensor."""
-    seen = set() if output.grad_fn is None else {output.grad_fn}
-    stack = list(seen)
+def _graph(output: torch.Tensor) -> set[Node]:
+    return set() if output.grad_fn is None else _nodes(output.grad_fn, ())
+
+
+def _nodes(start: Node, outside: Iterable[Node]) -> set[Node]:
+    """Nodes of the graph that lead to one, those outside and what lies behind them left out."""
+    seen: set[Node] = {start}
+    excluded = set(outside) - seen
+    stack = [start]
     while stack:
         for parent, _ in stack.pop().next_functions:
-            if parent is not None and parent not in seen:
+            if parent is not None and parent not in seen and parent not in excluded:
                 seen.add(parent)
                 stack.append(parent)
     return seen
