@@ -21,7 +21,7 @@ def find_rule(function: Callable) -> Rule | None:
 
 
 def _linear(named: Named, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> list[Factor]:
-    if input.ndim < 2:
+    if input.ndim < 2 or weight.ndim != 2:
         return []
     m, (q, k) = input.shape[0], weight.shape
     factors: list[Factor] = []
@@ -34,7 +34,7 @@ def _linear(named: Named, input: Tensor, weight: Tensor, bias: Tensor | None = N
                 (1, k, input.numel() // (m * k), q),
             )
         )
-    if bias is not None and (bias_name := named(bias)):
+    if bias is not None and bias.shape == (q,) and (bias_name := named(bias)):
         rows = lambda d: d if d.ndim == 3 else d.reshape(len(d), m, -1, q).sum(2)
         factors.append(Written(bias_name, rows, named(weight)))
     return factors
