@@ -25,6 +25,21 @@ def _batch_norm(
     return _channel_affine(named, weight, bias, normalized)
 
 
+def _torch_batch_norm(
+    named: Named,
+    input: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    training: bool,
+    momentum: float,
+    eps: float,
+    cudnn_enabled: bool,
+) -> list[Factor]:
+    return _batch_norm(named, input, running_mean, running_var, weight, bias, training, momentum, eps)
+
+
 def _instance_norm(
     named: Named,
     input: Tensor,
@@ -166,6 +181,7 @@ def _broadcast(named: Named, input: object, other: object, factor: float | None)
 
 WRITTEN_RULES: dict[Callable, Rule] = {
     F.batch_norm: _batch_norm,
+    torch.batch_norm: _torch_batch_norm,
     F.instance_norm: _instance_norm,
     F.group_norm: _group_norm,
     F.layer_norm: _layer_norm,
