@@ -94,8 +94,10 @@ def run_batch(
         with capture or contextlib.nullcontext():
             returned = call(model, x, parameters, dtype)
         output = _as_rows(returned, x.shape[0], argument)
+    with torch.enable_grad():  # a model may differentiate inside its forward pass
+        constants = {name: value.detach() for name, value in parameters.items()}
+        largest, again = _probe(model, x, constants, dtype)
     with torch.no_grad():
-        largest, again = _probe(model, x, parameters, dtype)
         second = _as_rows(again, x.shape[0], argument)
         difference = float((second - output).abs().max())
         scale = float(output.abs().max())
