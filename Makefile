@@ -20,6 +20,7 @@ BROWSERS := chromium chromium-browser google-chrome google-chrome-stable
 export PIP_CACHE_DIR ?= $(CACHE)/pip
 export MPLCONFIGDIR := $(CACHE)/matplotlib
 export IPYTHONDIR := $(CACHE)/ipython
+export HYPOTHESIS_STORAGE_DIRECTORY := $(CACHE)/hypothesis
 export JUPYTER_CONFIG_DIR := $(CACHE)/jupyter/config
 export JUPYTER_DATA_DIR := $(CACHE)/jupyter/data
 export JUPYTER_RUNTIME_DIR := $(CACHE)/jupyter/runtime
