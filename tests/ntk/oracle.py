@@ -80,7 +80,8 @@ def jacobian(model: nn.Module, x: torch.Tensor) -> dict[str, torch.Tensor]:
     """Parameter name -> [n, o, *shape], one gradient of one output of the whole batch at a time."""
     saved = {name: buffer.clone() for name, buffer in model.named_buffers()}
     output = model(x).reshape(len(x), -1)
-    names, parameters = zip(*model.named_parameters(), strict=True)
+    own = {name: value for name, value in model.named_parameters() if value.requires_grad}
+    names, parameters = zip(*own.items(), strict=True)
     gradients = [
         torch.autograd.grad(entry, parameters, retain_graph=True, allow_unused=True, materialize_grads=True)
         for entry in output.flatten()
