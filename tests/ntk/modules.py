@@ -176,6 +176,15 @@ DENSE = {
         lambda s, x: s.a(torch.tanh(s.a(x))).sum(1) + s.a(x[:, 0]), a=nn.Linear(3, 3)
     ),
     "bias of its own": lambda: of_vector(lambda s, x: s.a(x) + F.linear(torch.tanh(x), s.a.weight), a=nn.Linear(4, 4)),
+    "bias of its own, wide": lambda: of_vector(
+        lambda s, x: (F.linear(x, s.w, s.b).tanh() + F.linear(x.sin(), s.w)) @ s.v, w=(30, 4), b=(30,), v=(30, 2)
+    ),
+    "weight and bias of two modules": lambda: of_vector(
+        lambda s, x: s.c(F.linear(x, s.a.weight, s.b.bias).tanh()),
+        a=nn.Linear(4, 30, bias=False),
+        b=nn.GroupNorm(1, 30),
+        c=nn.Linear(30, 2),
+    ),
     "one bias of two layers": lambda: of_vector(
         lambda s, x: F.linear(F.linear(x, s.w, s.b).tanh(), s.v, s.b), w=(3, 4), v=(3, 3), b=(3,)
     ),
@@ -280,6 +289,9 @@ OTHERS = {
     "embedding with padding": lambda: (
         nn.Sequential(nn.Embedding(5, 3, padding_idx=-2), nn.Flatten(), nn.Tanh(), nn.LazyLinear(2)),
         "tokens",
+    ),
+    "embedding with padding counted from the end": lambda: of_tokens(
+        lambda s, x: F.embedding(x, s.w, padding_idx=-2).tanh().mean(1), w=(5, 3)
     ),
     "embedding by frequency": lambda: of_tokens(
         lambda s, x: s.e(x).tanh().mean(1), e=nn.Embedding(5, 3, scale_grad_by_freq=True)

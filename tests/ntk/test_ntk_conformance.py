@@ -126,6 +126,17 @@ def test_one_projection_for_one_parameter(route: str) -> None:
     assert_same(result, kernel(rows, rows))
 
 
+@pytest.mark.parametrize("name", ["linear in place", "conv2d groups", "batch norm", "tied embedding", "gru"])
+@each_route
+def test_a_cross_kernel_of_equal_sizes(route: str, name: str) -> None:
+    """Nothing takes two batches of one size for one batch."""
+    model, x1, x2 = build(name, n=3, m=3)
+    expected = kernel(jacobian(model, x1), jacobian(model, x2))
+    for reduce in ("none", "trace", "sum"):
+        result = ntk.empirical_ntk(model, x1, x2, reduce=reduce, implementation=route)
+        assert_same(result, reduced(expected, reduce))
+
+
 @each_module
 @each_route
 def test_a_batch_of_one(route: str, name: str) -> None:

@@ -117,6 +117,13 @@ def test_examples_that_meet_are_not_taken_apart(monkeypatch: pytest.MonkeyPatch)
     assert np.abs(wrong - expected).max() > 0.01 * np.abs(expected).max()
 
 
+def test_what_lies_before_batch_statistics_is_not_put_to_the_test() -> None:
+    for name, before in (("batch norm 2d", 1), ("batch norm of torch", 1), ("batch norm in eval mode", 0)):
+        model, x, _ = build(name)
+        (part,) = record(model, [("x1", x)], [key for key, _ in model.named_parameters()], None)
+        assert part.capture.coupled == before
+
+
 def test_weak_coupling_is_seen() -> None:
     """Examples that meet with a weight of 1e-9 are still not independent in float64."""
     model = Apply(lambda s, x: s.b(torch.tanh(s.a(x) + 1e-9 * s.a(x).sum(0))), a=nn.Linear(4, 4), b=nn.Linear(4, 2))
