@@ -1,19 +1,26 @@
 """Leave a model exactly as it was found."""
 
+import random
+from collections import deque
 from collections.abc import Generator
 from contextlib import contextmanager
 
+import numpy as np
 import torch
+
+Container = dict | list | set | deque
 
 
 @contextmanager
 def preserve_state(model: torch.nn.Module) -> Generator[torch.nn.Module, None, None]:
     """Restore the state of a model, and the random generators, whatever happens inside.
 
-    Restored are: the train or eval flag of every submodule; every buffer, in place and bitwise; the `.grad` of each
-    parameter, both the object and its values; the `requires_grad` flags; the global torch generator of the CPU and,
-    where CUDA is initialized, of each CUDA device. The values of the parameters are not copied: code inside must not
-    change them.
+    Restored are, for every submodule: its attributes, such as the train or eval flag, with the entries of those that
+    are dicts, lists or sets, which are its hooks, parameters, buffers and children too; buffers and other tensors that
+    are its attributes, in place and bitwise; the `.grad` of each parameter, both the object and its values; the
+    `requires_grad` flags. And the global generators of Python, NumPy and torch, the latter on the CPU and, where CUDA
+    is initialized, on each CUDA device. Nothing is written that has not changed, so that graphs which hold a buffer
+    stay usable. The values of the parameters are not copied: code inside must not change them.
 
     Args:
         model: The network to guard.
@@ -21,44 +28,68 @@ def preserve_state(model: torch.nn.Module) -> Generator[torch.nn.Module, None, N
     Yields:
         The same model.
     """
-    flags = [(module, module.training) for module in model.modules()]
-    buffers = [
-        (
-            module,
-            {name: (buffer, None if buffer is None else buffer.clone()) for name, buffer in module._buffers.items()},
-        )
-        for module in model.modules()
-    ]
-    parameters = [
-        (p, p.requires_grad, p.grad, None if p.grad is None else p.grad.detach().clone()) for p in model.parameters()
-    ]
-    cpu_generator = torch.get_rng_state()
+    attributes = [(module.__dict__, _items(module.__dict__)) for module in model.modules()]
+    containers = [(value, _items(value)) for _, items in attributes for _, value in items if _is_container(value)]
+    tensors = {id(value): (value, value.detach().clone()) for value in _tensors(model)}
+    parameters = [(value, value.requires_grad, value.grad) for value in model.parameters()]
+    grads = [(grad, grad.detach().clone()) for _, _, grad in parameters if grad is not None]
+    generators = random.getstate(), np.random.get_state(), torch.get_rng_state()  # ruff: ignore[numpy-legacy-random]
     cuda_generators = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else None
     try:
         yield model
     finally:
-        for module, training in flags:
-            module.training = training
-        with torch.no_grad():
-            for module, saved in buffers:
-                _restore_buffers(module, saved)
-            for parameter, requires_grad, grad, values in parameters:
+        for container, items in (*attributes, *containers):
+            _restore(container, items)
+        for tensor, values in (*tensors.values(), *grads):
+            _write(tensor, values)
+        for parameter, requires_grad, grad in parameters:
+            if parameter.requires_grad != requires_grad:  # of one made in inference mode it cannot be set
                 parameter.requires_grad_(requires_grad)
+            if parameter.grad is not grad:
                 parameter.grad = grad
-                if grad is not None and values is not None:
-                    grad.copy_(values)
-        torch.set_rng_state(cpu_generator)
+        random.setstate(generators[0])
+        np.random.set_state(generators[1])  # ruff: ignore[numpy-legacy-random]
+        torch.set_rng_state(generators[2])
         if cuda_generators is not None:
             torch.cuda.set_rng_state_all(cuda_generators)
 
 
-def _restore_buffers(
-    module: torch.nn.Module, saved: dict[str, tuple[torch.Tensor | None, torch.Tensor | None]]
-) -> None:
-    """Put the buffer objects of one module back, and their values into them."""
-    for name in set(module._buffers) - set(saved):
-        del module._buffers[name]
-    for name, (buffer, values) in saved.items():
-        module._buffers[name] = buffer
-        if buffer is not None and values is not None:
-            buffer.copy_(values)
+def _is_container(value: object) -> bool:
+    return isinstance(value, Container)
+
+
+def _items(container: Container) -> list:
+    return list(container.items()) if isinstance(container, dict) else list(container)
+
+
+def _restore(container: Container, items: list) -> None:
+    """Put the entries of a container back, in the same object, which handles of hooks refer to."""
+    now = _items(container)
+    flat = [[part for item in side for part in item] if isinstance(container, dict) else side for side in (now, items)]
+    if len(flat[0]) == len(flat[1]) and all(a is b for a, b in zip(*flat, strict=True)):
+        return
+    container.clear()
+    if isinstance(container, dict | set):
+        container.update(items)
+    else:
+        container.extend(items)
+
+
+def _tensors(model: torch.nn.Module) -> list[torch.Tensor]:
+    """Buffers, and tensors that are plain attributes of a module."""
+    found = [value for module in model.modules() for value in (*module.__dict__.values(), *module._buffers.values())]
+    return [value for value in found if isinstance(value, torch.Tensor) and not torch.nn.parameter.is_lazy(value)]
+
+
+def _write(tensor: torch.Tensor, values: torch.Tensor) -> None:
+    """Give a tensor its values back if they have changed.
+
+    Compared bitwise: not a number differs from itself, and writing what is there would invalidate graphs that hold it.
+    """
+    if tensor.layout != torch.strided or not _bits(tensor).equal(_bits(values)):
+        with torch.inference_mode(mode=tensor.is_inference()), torch.no_grad():
+            tensor.copy_(values)
+
+
+def _bits(value: torch.Tensor) -> torch.Tensor:
+    return value.detach().resolve_conj().reshape(-1).view(torch.uint8)
