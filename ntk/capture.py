@@ -135,13 +135,25 @@ class Capture(TorchFunctionMode):
     def _watched(self, args: Sequence, kwargs: dict) -> bool:
         return any(id(leaf) in self._names for leaf in (*args, *kwargs.values()))
 
+    def prune(self, output: torch.Tensor) -> None:
+        """Forget the calls that the output does not depend on, as behind the last statistics of a reference batch.
+
+        Args:
+            output: Of the model.
+        """
+        reached = ancestors(output)
+        kept = [(number, site) for number, site in enumerate(self.sites) if site.edge.node in reached]
+        self.coupled = sum(number < self.coupled for number, _ in kept)
+        self.doubtful = sum(number < self.doubtful for number, _ in kept)
+        self.sites = [site for _, site in kept]
+
     def connected(self, output: torch.Tensor) -> set[str]:
         """Parameters that the output depends on through a use without a rule.
 
         Args:
             output: Of the model.
         """
-        leaves = {id(getattr(node, "variable", None)) for node in _graph(output)} | {id(output)}
+        leaves = {id(getattr(node, "variable", None)) for node in ancestors(output)} | {id(output)}
         return {self._every[key] for key in leaves if key in self._every}
 
     def doubtful_sites(self, output: torch.Tensor) -> range:
@@ -152,7 +164,7 @@ class Capture(TorchFunctionMode):
         """
         own = Convolution._backward_cls
         # What others write as an autograd.Function goes past __torch_function__.
-        custom = any(isinstance(node, BackwardCFunction) and not isinstance(node, own) for node in _graph(output))
+        custom = any(isinstance(node, BackwardCFunction) and not isinstance(node, own) for node in ancestors(output))
         return range(self.coupled, len(self.sites) if custom else self.doubtful)
 
     def leaks(self, output: torch.Tensor) -> set[str]:
@@ -171,7 +183,7 @@ class Capture(TorchFunctionMode):
         homes = {node: site for site in self.sites for node in site.inside}
         return [
             homes[parent]
-            for node in _graph(output)
+            for node in ancestors(output)
             for parent, _ in node.next_functions
             if parent in homes and parent != homes[parent].edge.node and homes.get(node) is not homes[parent]
         ]
@@ -197,7 +209,12 @@ def _inside_transform() -> bool:
     return torch._C._functorch.maybe_current_level() is not None
 
 
-def _graph(output: torch.Tensor) -> set[Node]:
+def ancestors(output: torch.Tensor) -> set[Node]:
+    """Nodes of the autograd graph that a tensor is computed by.
+
+    Args:
+        output: Of the model.
+    """
     return set() if output.grad_fn is None else _nodes(output.grad_fn, ())
 
 

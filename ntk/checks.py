@@ -7,6 +7,7 @@ from ntk.errors import (
     BatchOfOneError,
     InputMismatchError,
     NonFiniteWeightsError,
+    ParameterTypeError,
 )
 
 
@@ -27,12 +28,15 @@ def batch_norm_modules(model: torch.nn.Module) -> dict[str, bool]:
     return found
 
 
-def describe_mode(model: torch.nn.Module, *, two_batches: bool) -> tuple[str, str | None]:
+def describe_mode(
+    model: torch.nn.Module, *, two_batches: bool, statistics: str | None = None
+) -> tuple[str, str | None]:
     """In which mode the model normalizes, and what that does to the kernel.
 
     Args:
         model: The network, with the train and eval flags as they are now.
         two_batches: Whether the kernel is a cross kernel between separately run batches.
+        statistics: How batch statistics enter where they do; None where those of each batch are differentiated.
 
     Returns:
         mode ("train", "eval", "mixed" or "no batch statistics") and how the statistics enter (None without any).
@@ -42,7 +46,8 @@ def describe_mode(model: torch.nn.Module, *, two_batches: bool) -> tuple[str, st
         return "no batch statistics", None
     if not any(uses):
         return "eval", "running"
-    statistics = "differentiated, two batches" if two_batches else "differentiated, one batch"
+    if statistics is None:
+        statistics = "differentiated, two batches" if two_batches else "differentiated, one batch"
     return ("train", statistics) if all(uses) else ("mixed", f"{statistics}; running in some layers")
 
 
@@ -54,14 +59,16 @@ def check_model(model: torch.nn.Module, n_examples: int) -> None:
         n_examples: Size of the smallest batch that will be run.
 
     Raises:
-        NonFiniteWeightsError: A parameter or a floating-point buffer is not finite.
+        ParameterTypeError: A parameter is complex or has no values yet.
+        NonFiniteWeightsError: A parameter or a buffer is not finite.
         ActiveDropoutError: A dropout layer is in train mode.
         BatchOfOneError: One example under batch statistics.
     """
-    entries: list[tuple[str, str, torch.Tensor]] = [("parameter", *item) for item in model.named_parameters()]
+    _check_parameter_types(model)
+    entries = [("parameter", name, value.detach()) for name, value in model.named_parameters()]
     entries += [("buffer", *item) for item in model.named_buffers()]
     for what, name, value in entries:
-        if value.is_floating_point() and not bool(torch.isfinite(value).all()):
+        if (value.is_floating_point() or value.is_complex()) and not bool(torch.isfinite(value).all()):
             bad = int((~torch.isfinite(value)).sum())
             raise NonFiniteWeightsError(
                 f"model has {bad} non-finite of {value.numel()} values in {what} {name!r}; all must be finite. "
@@ -82,21 +89,43 @@ def check_model(model: torch.nn.Module, n_examples: int) -> None:
                 )
 
 
-def check_inputs(x1: torch.Tensor, x2: torch.Tensor | None, dtype: torch.dtype | None) -> None:
+def _check_parameter_types(model: torch.nn.Module) -> None:
+    """Refuse parameters without real values.
+
+    Raises:
+        ParameterTypeError: A parameter is complex or has no values yet.
+    """
+    for name, value in model.named_parameters():
+        if torch.nn.parameter.is_lazy(value):
+            raise ParameterTypeError(
+                f"model has no values yet in the lazy parameter {name!r}; call it once on a batch, so that the layer "
+                "takes its shape."
+            )
+        if value.is_complex():
+            raise ParameterTypeError(
+                f"model must have real parameters, as the kernel is a sum of products of real gradients; {name!r} is "
+                f"{value.dtype}. Hold it as real and imaginary part, and use torch.view_as_complex in forward."
+            )
+
+
+def check_inputs(
+    x1: torch.Tensor, x2: torch.Tensor | None, dtype: torch.dtype | None, reference: torch.Tensor | None = None
+) -> None:
     """Refuse inputs that are no batches of one kind of example.
 
     Args:
         x1: [n1, ...]
         x2: [n2, ...] or None
         dtype: The `dtype` argument: None, torch.float32 or torch.float64.
+        reference: [B, ...] or None
 
     Raises:
         TypeError: An input is not a tensor.
-        InputMismatchError: An input has no examples, or the two differ in shape beyond the first axis, dtype or device.
+        InputMismatchError: An input has no examples, or two differ in shape beyond the first axis, dtype or device.
         ValueError: The dtype is neither float32 nor float64.
     """
-    for name, value in (("x1", x1), ("x2", x2)):
-        if value is None and name == "x2":
+    for name, value in (("x1", x1), ("x2", x2), ("reference", reference)):
+        if value is None and name != "x1":
             continue
         if not isinstance(value, torch.Tensor):
             raise TypeError(f"{name} must be a torch.Tensor [n, ...], got {type(value).__name__}; use torch.as_tensor.")
@@ -104,15 +133,14 @@ def check_inputs(x1: torch.Tensor, x2: torch.Tensor | None, dtype: torch.dtype |
             raise InputMismatchError(
                 f"{name} must hold at least one example, [n, ...]; got shape {tuple(value.shape)}."
             )
-    if x2 is not None:
         for what, a, b in (
-            ("shape of one example", tuple(x1.shape[1:]), tuple(x2.shape[1:])),
-            ("dtype", x1.dtype, x2.dtype),
-            ("device", x1.device, x2.device),
+            ("shape of one example", tuple(x1.shape[1:]), tuple(value.shape[1:])),
+            ("dtype", x1.dtype, value.dtype),
+            ("device", x1.device, value.device),
         ):
             if a != b:
                 raise InputMismatchError(
-                    f"x1 and x2 must agree in {what}: x1 has {a}, x2 has {b}; bring x2 into the form of x1."
+                    f"x1 and {name} must agree in {what}: x1 has {a}, {name} has {b}; bring {name} into the form of x1."
                 )
     if dtype not in (None, torch.float32, torch.float64):
         raise ValueError(f"dtype must be None, torch.float32 or torch.float64; got {dtype}. Use float64 for spectra.")

@@ -9,12 +9,14 @@ import torch
 from ntk.checks import check_inputs, check_model, describe_mode
 from ntk.contraction import Contraction, contract
 from ntk.errors import MemoryBudgetError, NonFiniteKernelError, UnknownNameError
-from ntk.forward import run_batch
+from ntk.forward import Evaluation, run_batch
+from ntk.outputs import OutputChoice
 from ntk.parameters import ParameterChoice, select_parameters
 from ntk.projection import Projection, resolve_projection
 from ntk.results import AXES, KernelResult
-from ntk.state import preserve_state
+from ntk.statistics import Statistics
 from ntk.structured import contract_structured, record
+from ntk.wrappers import measured
 
 REDUCTIONS = ("none", "trace", "sum")
 IMPLEMENTATIONS = ("auto", "structured", "jacobian_contraction")
@@ -32,16 +34,20 @@ def empirical_ntk(
     max_memory: int | None = None,
     dtype: torch.dtype | None = None,
     progress: bool = False,
+    batch_statistics: str = "batch",
+    reference: torch.Tensor | None = None,
+    output: OutputChoice = None,
 ) -> KernelResult:
     """Neural tangent kernel of a network at its present weights (Jacot et al. 2018, arXiv 1806.07572).
 
     Θ[i, j, a, b] = Σ_p c_p <P_p ∂f_a(x1)_i/∂p, P_p ∂f_b(x2)_j/∂p>, exact to rounding for any module: conv, attention,
-    tied weights, modules called twice. The model is run as it stands, and left as it was. With BatchNorm in train mode
-    x1 is one batch, the terms through its mean and variance are included, and x2 is a second, separately normalized
-    batch.
+    tied weights, modules called twice. The model is run as it stands, forward hooks included, and left as it was;
+    backward hooks do not run, and autocast is off. With BatchNorm in train mode x1 is one batch, the terms through its
+    mean and variance are included, and x2 is a second, separately normalized batch; `batch_statistics` takes others.
 
     Args:
-        model: Network that maps [n, ...] to [n, o], or to [n] for one output.
+        model: Network that maps [n, ...] to [n, o], or to [n] for one output. `torch.compile` and data-parallel
+            wrappers are taken off, which `notes` of the result says, and parameters go by their names inside.
         x1: [n1, ...]
         x2: [n2, ...]; None stands for x1 and gives a Gram matrix.
         reduce: "none"; "trace", the mean over outputs of the diagonal (the default of neural-tangents); or "sum", the
@@ -57,24 +63,49 @@ def empirical_ntk(
         max_memory: Bytes that the rows of the Jacobian may take; rows are computed again, never approximated.
         dtype: torch.float32 or torch.float64 to compute in, on a cast copy; None for the type of the model.
         progress: Report on the standard error stream.
+        batch_statistics: What BatchNorm layers in train mode normalize by. "batch": each batch by its own mean and
+            variance, functions of the weights. "frozen": the same values as constants, so that examples do not meet.
+            "reference": all examples by the statistics of the batch `reference`, functions of the weights; K(x1, x2)
+            is then one kernel function of two points, the finite counterpart of `n_statistics` in
+            `ntk.analytic.propagate`. "frozen_reference": those as constants. Layers in eval mode keep their running
+            statistics. `statistics` of the result says which.
+        reference: [B, ...], for the latter two.
+        output: Part of what the model returns: a key, index or attribute, several of them as a tuple or joined by
+            dots, or a function that returns [n, o].
 
     Returns:
         Values [n1, n2, o, o] for reduce="none", else [n1, n2], with their convention.
 
     Raises:
-        UnknownNameError: reduce, implementation, a parameter or a key of the projection does not exist.
+        UnknownNameError: reduce, implementation, batch_statistics, a parameter, a key of the projection or an output
+            does not exist.
         NoParametersError: No parameter is selected, or the output depends on none.
+        ParameterTypeError: A parameter is complex or has no values yet.
         NonFiniteWeightsError: A parameter or buffer is not finite.
         NonFiniteKernelError: The output or the kernel is not finite.
         BatchOfOneError: One example under batch statistics.
         ActiveDropoutError: A dropout layer is in train mode.
         NondeterministicModelError: Two runs of the model differ.
+        StatisticsError: Statistics cannot be exchanged, or examples meet in another way than by them.
+        WrappedModelError: The model is a ScriptModule, or its parameters are spread over processes.
+        CheckpointingError: The model recomputes activations in a way that does not see the weights in use.
         OutputShapeError: The output is not [n, o].
-        InputMismatchError: x1 and x2 are no batches of one kind of example.
+        InputMismatchError: x1, x2 and reference are no batches of one kind of example.
         MemoryBudgetError: max_memory holds not even one pair of rows.
     """
+    how = Evaluation(dtype, Statistics(batch_statistics, reference), output)
     kernels, convention = _kernels(
-        model, x1, x2, reduce, implementation, projection, params, max_memory, dtype, progress=progress, by_layer=False
+        model,
+        x1,
+        x2,
+        reduce,
+        implementation,
+        projection,
+        params,
+        max_memory,
+        how,
+        progress=progress,
+        by_layer=False,
     )
     return KernelResult(kernels[""], **convention)
 
@@ -91,6 +122,9 @@ def layerwise_ntk(
     max_memory: int | None = None,
     dtype: torch.dtype | None = None,
     progress: bool = False,
+    batch_statistics: str = "batch",
+    reference: torch.Tensor | None = None,
+    output: OutputChoice = None,
 ) -> dict[str, KernelResult]:
     """Share of each layer in the neural tangent kernel; the sum of the shares is `empirical_ntk`.
 
@@ -108,12 +142,26 @@ def layerwise_ntk(
         max_memory: As in `empirical_ntk`.
         dtype: As in `empirical_ntk`.
         progress: As in `empirical_ntk`.
+        batch_statistics: As in `empirical_ntk`.
+        reference: As in `empirical_ntk`.
+        output: As in `empirical_ntk`.
 
     Returns:
         Module name -> its share, in the order of the model; parameters of the model itself go by "".
     """
+    how = Evaluation(dtype, Statistics(batch_statistics, reference), output)
     kernels, convention = _kernels(
-        model, x1, x2, reduce, implementation, projection, params, max_memory, dtype, progress=progress, by_layer=True
+        model,
+        x1,
+        x2,
+        reduce,
+        implementation,
+        projection,
+        params,
+        max_memory,
+        how,
+        progress=progress,
+        by_layer=True,
     )
     return {name: KernelResult(values, layer=name, **convention) for name, values in kernels.items()}
 
@@ -127,7 +175,7 @@ def _kernels(
     projection: Projection | Mapping[str, Projection] | None,
     params: ParameterChoice,
     max_memory: int | None,
-    dtype: torch.dtype | None,
+    evaluation: Evaluation,
     *,
     progress: bool,
     by_layer: bool,
@@ -144,22 +192,25 @@ def _kernels(
     ):
         if value not in admissible:
             raise UnknownNameError(argument, value, admissible)
-    check_inputs(x1, x2, dtype)
-    check_model(model, min(len(x1), len(x1 if x2 is None else x2)))
-    multipliers, scaled = select_parameters(model, params)
-    own = dict(model.named_parameters())
-    projections, projection_name = resolve_projection(projection, {name: own[name] for name in multipliers})
-    plan = Contraction(
-        reduce=reduce,
-        multipliers=multipliers,
-        projections=projections,
-        groups={name: name.rpartition(".")[0] if by_layer else "" for name in multipliers},
-        max_memory=max_memory,
-        report=_report if progress else lambda done, total: None,
-    )
-    with preserve_state(model):
-        inputs = [("x1", x1)] if x2 is None else [("x1", x1), ("x2", x2)]
-        kernels, by_jacobian = _contract(model, inputs, dtype, implementation, plan)
+    statistics = evaluation.statistics
+    check_inputs(x1, x2, evaluation.dtype, statistics.reference)
+    inputs = [("x1", x1)] if x2 is None else [("x1", x1), ("x2", x2)]
+    with measured(model) as (plain, notes):
+        check_model(plain, statistics.smallest_batch(*(x for _, x in inputs)))
+        multipliers, scaled = select_parameters(plain, params)
+        own = dict(plain.named_parameters())
+        projections, projection_name = resolve_projection(projection, {name: own[name] for name in multipliers})
+        plan = Contraction(
+            reduce=reduce,
+            multipliers=multipliers,
+            projections=projections,
+            groups={name: name.rpartition(".")[0] if by_layer else "" for name in multipliers},
+            max_memory=max_memory,
+            report=_report if progress else lambda done, total: None,
+        )
+        whose = statistics.describe(two_batches=x2 is not None)
+        mode, entering = describe_mode(plain, two_batches=x2 is not None, statistics=whose)
+        kernels, by_jacobian = _contract(plain, inputs, evaluation, implementation, plan)
     for name, values in kernels.items():
         values.setflags(write=False)
         if not np.isfinite((values.min(), values.max())).all():
@@ -167,7 +218,6 @@ def _kernels(
                 f"the kernel{f' of layer {name!r}' if name else ''} is not finite although the output is: a gradient "
                 "overflows or is undefined. Pass dtype=torch.float64, or look for a square root or norm at zero."
             )
-    mode, statistics = describe_mode(model, two_batches=x2 is not None)
     convention = {
         "kind": "ntk",
         "axes": AXES[reduce],
@@ -177,8 +227,9 @@ def _kernels(
         "parametrization": "scaled" if scaled else "standard",
         "multipliers": tuple(multipliers.items()) if scaled else None,
         "projection": projection_name,
-        "statistics": statistics,
+        "statistics": entering,
         "by_jacobian": by_jacobian,
+        "notes": notes,
         "versions": {"torch": torch.__version__, "numpy": np.__version__},
     }
     return kernels, convention
@@ -187,7 +238,7 @@ def _kernels(
 def _contract(
     model: torch.nn.Module,
     inputs: list[tuple[str, torch.Tensor]],
-    dtype: torch.dtype | None,
+    evaluation: Evaluation,
     implementation: str,
     plan: Contraction,
 ) -> tuple[dict[str, np.ndarray], tuple[str, ...]]:
@@ -199,11 +250,11 @@ def _contract(
     names = tuple(plan.multipliers)
     if implementation != "jacobian_contraction":
         try:
-            return contract_structured(record(model, inputs, names, dtype), plan)
+            return contract_structured(record(model, inputs, names, evaluation), plan)
         except MemoryBudgetError:
             if implementation == "structured":
                 raise
-    batches = [run_batch(model, x, names, dtype, argument) for argument, x in inputs]
+    batches = [run_batch(model, x, names, evaluation, argument) for argument, x in inputs]
     return contract(batches[0], batches[1] if len(batches) == 2 else None, plan), names
 
 

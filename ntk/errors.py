@@ -59,6 +59,22 @@ class NondeterministicModelError(ValueError):
     """The model gave two different outputs for the same weights, buffers and input."""
 
 
+class WrappedModelError(ValueError):
+    """The model is wrapped in something that keeps its weights from being exchanged."""
+
+
+class CheckpointingError(ValueError):
+    """The model recomputes activations in its backward pass in a way that admits no kernel."""
+
+
+class ParameterTypeError(ValueError):
+    """A parameter is complex, or has no values yet."""
+
+
+class StatisticsError(ValueError):
+    """The statistics of a batch-normalizing layer cannot be exchanged, or examples meet in spite of it."""
+
+
 class OutputShapeError(ValueError):
     """The model, or the layer asked for, does not return one row per example."""
 

@@ -1,13 +1,87 @@
 """One whole batch through a model, leaving the model untouched."""
 
 import contextlib
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Generator, Iterable, Mapping
+from dataclasses import dataclass, field
 
 import torch
 
-from ntk.capture import Capture
-from ntk.errors import NondeterministicModelError, NonFiniteKernelError, OutputShapeError
+from ntk.capture import Capture, ancestors
+from ntk.errors import CheckpointingError, NondeterministicModelError, StatisticsError
+from ntk.outputs import OutputChoice, as_rows, check_output_choice, select_output
+from ntk.statistics import Moments, Statistics, noting, using
+
+
+@dataclass(frozen=True, eq=False)
+class Evaluation:
+    """How a model is evaluated.
+
+    Attributes:
+        dtype: Type to compute in, or None for the type of the model.
+        statistics: Whose statistics batch-normalizing layers use.
+        output: Which part of what the model returns is meant.
+
+    Raises:
+        TypeError: output is of the wrong type.
+    """
+
+    dtype: torch.dtype | None = None
+    statistics: Statistics = field(default_factory=Statistics)
+    output: OutputChoice = None
+
+    def __post_init__(self) -> None:
+        """Check the choice of outputs."""
+        check_output_choice(self.output)
+
+    def moments(
+        self,
+        model: torch.nn.Module,
+        x: torch.Tensor,
+        parameters: Mapping[str, torch.Tensor],
+        origin: Mapping[str, torch.Tensor],
+        buffers: Mapping[str, torch.Tensor] | None = None,
+    ) -> Moments | None:
+        """The statistics that the examples are normalized by, or None for their own.
+
+        Args:
+            model: The network.
+            x: [n, ...], the examples.
+            parameters: Name -> tensor that stands in for the parameter.
+            origin: The same where statistics are constants.
+            buffers: As in `call`.
+        """
+        if not self.statistics.two_passes:
+            return None
+        source = x if self.statistics.reference is None else self.statistics.reference
+        constant = self.statistics.constant
+        with torch.no_grad() if constant else contextlib.nullcontext(), noting(model) as moments:
+            call(model, source, origin if constant else parameters, self.dtype, buffers)
+        return moments
+
+    def outputs(
+        self,
+        model: torch.nn.Module,
+        x: torch.Tensor,
+        parameters: Mapping[str, torch.Tensor],
+        moments: Moments | None,
+        argument: str,
+        buffers: Mapping[str, torch.Tensor] | None = None,
+    ) -> object:
+        """Run the model on examples and select from what it returns.
+
+        Args:
+            model: The network.
+            x: [n, ...]
+            parameters: Name -> tensor that stands in for the parameter.
+            moments: Statistics to normalize by, or None for those of the examples.
+            argument: Name of x, for the errors.
+            buffers: As in `call`.
+        """
+        if moments is None:
+            return select_output(call(model, x, parameters, self.dtype, buffers), self.output)
+        with using(moments, constant=self.statistics.constant, argument=argument):
+            returned = call(model, x, parameters, self.dtype, buffers)
+        return select_output(returned, self.output)
 
 
 @dataclass(frozen=True, eq=False)
@@ -16,7 +90,7 @@ class Batch:
 
     Attributes:
         output: [n, o], attached to the graph.
-        parameters: Name -> leaf tensor in the graph, sharing the storage of the model unless cast.
+        parameters: Name -> leaf tensor in the graph, a copy of that of the model.
         activation_bytes: Size of the largest output of any module, per forward pass.
     """
 
@@ -26,7 +100,11 @@ class Batch:
 
 
 def call(
-    model: torch.nn.Module, x: torch.Tensor, parameters: dict[str, torch.Tensor], dtype: torch.dtype | None
+    model: torch.nn.Module,
+    x: torch.Tensor,
+    parameters: Mapping[str, torch.Tensor],
+    dtype: torch.dtype | None,
+    buffers: Mapping[str, torch.Tensor] | None = None,
 ) -> object:
     """Run the model with the given parameters and with clones of its buffers, as one batch.
 
@@ -37,12 +115,16 @@ def call(
         x: [n, ...]
         parameters: Name -> tensor that stands in for the parameter; tied weights follow.
         dtype: Floating-point type that buffers and input are cast to, or None.
+        buffers: Name -> tensor that stands in for the buffer; None for those of the model.
 
     Returns:
         Whatever the model returns.
     """
     held = {id(value): parameters[name] for name, value in model.named_parameters()}
-    held |= {id(value): cast(value, dtype).clone() for _, value in model.named_buffers()}
+    held |= {
+        id(value): cast(value if buffers is None else buffers[name], dtype).clone()
+        for name, value in model.named_buffers()
+    }
     # Each module once: torch would put a stand-in back as the parameter of a module that goes by two names.
     slots = {
         f"{path}.{name}" if path else name: held[id(value)]
@@ -54,15 +136,22 @@ def call(
 
 
 def cast(value: torch.Tensor, dtype: torch.dtype | None) -> torch.Tensor:
-    """The tensor in another floating-point type; integers, and everything at None, pass unchanged."""
-    return value.to(dtype) if dtype is not None and value.is_floating_point() else value
+    """The tensor in another floating-point type, complex ones in that of the same precision; integers pass unchanged.
+
+    A tensor made in inference mode is copied, as autograd does not take it.
+    """
+    if value.is_inference():
+        value = value.clone()
+    if dtype is None or not (value.is_floating_point() or value.is_complex()):
+        return value
+    return value.to(dtype.to_complex() if value.is_complex() else dtype)
 
 
 def run_batch(
     model: torch.nn.Module,
     x: torch.Tensor,
     names: Iterable[str],
-    dtype: torch.dtype | None,
+    evaluation: Evaluation,
     argument: str,
     capture: Capture | None = None,
 ) -> Batch:
@@ -74,7 +163,7 @@ def run_batch(
         model: The network.
         x: [n, ...]
         names: Parameters to differentiate by.
-        dtype: Type to compute in, or None for the type of the model.
+        evaluation: Type to compute in, statistics and outputs.
         argument: Name of x, for the errors.
         capture: Records the calls of the first run, or None.
 
@@ -83,37 +172,75 @@ def run_batch(
 
     Raises:
         NondeterministicModelError: The second run gave another output.
+        CheckpointingError: The model recomputes activations without regard to the weights in use.
+        StatisticsError: Examples meet although the statistics are not those of the batch.
     """
     selected = set(names)
-    parameters = {name: cast(p.detach(), dtype).detach() for name, p in model.named_parameters()}
+    # Copies, for a model may write into them: torch.nn.Embedding with max_norm does.
+    parameters = {name: cast(p.detach(), evaluation.dtype).clone() for name, p in model.named_parameters()}
     with torch.enable_grad():
         for name in selected:
             parameters[name].requires_grad_(True)
         if capture is not None:
             capture.watch({name: value for name, value in parameters.items() if name in selected})
-        with capture or contextlib.nullcontext():
-            returned = call(model, x, parameters, dtype)
-        output = _as_rows(returned, x.shape[0], argument)
+        same = all(value.dtype == parameters[name].dtype for name, value in model.named_parameters())
+        kept = contextlib.nullcontext() if same and not evaluation.statistics.two_passes else no_recomputation()
+        with capture or contextlib.nullcontext(), kept:
+            moments = evaluation.moments(model, x, parameters, parameters)
+            returned = evaluation.outputs(model, x, parameters, moments, argument)
+        output = as_rows(returned, x.shape[0], argument)
+    if any(type(node).__name__ == "CheckpointFunctionBackward" for node in ancestors(output)):
+        raise CheckpointingError(_RECOMPUTES)
+    if capture is not None and moments is not None:
+        capture.prune(output)
     with torch.enable_grad():  # a model may differentiate inside its forward pass
         constants = {name: value.detach() for name, value in parameters.items()}
-        largest, again = _probe(model, x, constants, dtype)
-    with torch.no_grad():
-        second = _as_rows(again, x.shape[0], argument)
-        difference = float((second - output).abs().max())
-        scale = float(output.abs().max())
-    if difference > torch.finfo(output.dtype).eps ** 0.5 * scale:
-        raise NondeterministicModelError(
-            f"model must give one output for one input, and two runs on {argument} differ by up to {difference:.3g} "
-            f"(outputs up to {scale:.3g}): it is random, or it changes itself when called. "
-            "Switch functional dropout off, fix its noise, or call .eval() on the module that does it."
-        )
+        largest = _check_repeats(model, x, constants, evaluation, argument, output)
+        if moments is not None and len(x) > 1:
+            _check_apart(model, x, constants, evaluation, moments, argument, output)
     return Batch(output, {name: parameters[name] for name in parameters if name in selected}, largest)
 
 
-def _probe(
-    model: torch.nn.Module, x: torch.Tensor, parameters: dict[str, torch.Tensor], dtype: torch.dtype | None
-) -> tuple[int, object]:
-    """Run once more and note the size in bytes of the largest module output."""
+_RECOMPUTES = (
+    "model must keep its activations: its weights are exchanged for copies, which a recomputation in the backward "
+    "pass would not see. It uses torch.utils.checkpoint, or other hooks on saved tensors. Switch that off, say by "
+    "model.gradient_checkpointing_disable()."
+)
+
+
+@contextlib.contextmanager
+def no_recomputation() -> Generator[None, None, None]:
+    """Refuse what keeps something else than the activations for the backward pass.
+
+    Yields:
+        Nothing.
+
+    Raises:
+        CheckpointingError: The model does.
+        RuntimeError: As raised inside.
+    """
+    try:
+        with torch.autograd.graph.disable_saved_tensors_hooks(_RECOMPUTES):
+            yield
+    except RuntimeError as error:
+        if _RECOMPUTES not in str(error):
+            raise
+        raise CheckpointingError(_RECOMPUTES) from error
+
+
+def _check_repeats(
+    model: torch.nn.Module,
+    x: torch.Tensor,
+    parameters: dict[str, torch.Tensor],
+    evaluation: Evaluation,
+    argument: str,
+    output: torch.Tensor,
+) -> int:
+    """Run once more, and note the size in bytes of the largest module output.
+
+    Raises:
+        NondeterministicModelError: It gave another output.
+    """
     sizes = [1]
 
     def note(module: torch.nn.Module, inputs: object, output: object) -> None:
@@ -122,37 +249,48 @@ def _probe(
 
     handles = [module.register_forward_hook(note) for module in model.modules()]
     try:
-        return max(sizes), call(model, x, parameters, dtype)
+        moments = evaluation.moments(model, x, parameters, parameters)
+        again = as_rows(evaluation.outputs(model, x, parameters, moments, argument), len(x), argument)
     finally:
         for handle in handles:
             handle.remove()
+    difference, scale, allowed = _compare(again, output)
+    if difference > allowed:
+        raise NondeterministicModelError(
+            f"model must give one output for one input, and two runs on {argument} differ by up to {difference:.3g} "
+            f"(outputs up to {scale:.3g}): it is random, or it changes itself when called. "
+            "Switch functional dropout off, fix its noise, or call .eval() on the module that does it."
+        )
+    return max(sizes)
 
 
-def _as_rows(output: object, n: int, argument: str) -> torch.Tensor:
-    """Check that a model output is [n, o] or [n], and make it [n, o].
+def _check_apart(
+    model: torch.nn.Module,
+    x: torch.Tensor,
+    parameters: dict[str, torch.Tensor],
+    evaluation: Evaluation,
+    moments: Moments,
+    argument: str,
+    output: torch.Tensor,
+) -> None:
+    """See that half of the examples have the outputs they have among all.
 
     Raises:
-        OutputShapeError: It has another shape, type or dtype.
-        NonFiniteKernelError: It is not finite.
+        StatisticsError: They have not.
     """
-    if not isinstance(output, torch.Tensor):
-        raise OutputShapeError(
-            f"the model must return one tensor [n, o]; on {argument} it returned {type(output).__name__}. "
-            "Wrap it in a module whose forward returns the logits alone."
+    half = x[: len(x) // 2]
+    alone = as_rows(evaluation.outputs(model, half, parameters, moments, argument), len(half), argument)
+    difference, scale, allowed = _compare(alone, output[: len(half)])
+    if difference > allowed:
+        raise StatisticsError(
+            f"batch_statistics={evaluation.statistics.choice!r} makes a kernel of two examples, but an output on "
+            f"{argument} changes by up to {difference:.3g} (outputs up to {scale:.3g}) with the other examples of the "
+            "batch: they meet somewhere else than in torch.nn.functional.batch_norm. Take batch_statistics='batch'."
         )
-    if output.ndim not in (1, 2) or output.shape[0] != n:
-        raise OutputShapeError(
-            f"the model must return [n, o], one row for each of the {n} examples of {argument}; it returned "
-            f"{tuple(output.shape)}. Append torch.nn.Flatten(), or select the outputs you mean."
-        )
-    if output.dtype not in (torch.float32, torch.float64):
-        raise OutputShapeError(
-            f"the model must compute in float32 or float64 for its kernel to have digits; its output on {argument} is "
-            f"{output.dtype}. Pass dtype=torch.float32 or dtype=torch.float64."
-        )
-    if not bool(torch.isfinite(output).all()):
-        raise NonFiniteKernelError(
-            f"the model output on {argument} is not finite although every weight is; check the input for NaN or "
-            "infinity, and the activations for overflow, or pass dtype=torch.float64."
-        )
-    return output.reshape(n, -1)
+
+
+def _compare(first: torch.Tensor, second: torch.Tensor) -> tuple[float, float, float]:
+    """Largest difference of two outputs, largest output, and what rounding may make the difference."""
+    first, second = first.detach(), second.detach()
+    scale = float(second.abs().max())
+    return float((first - second).abs().max()), scale, torch.finfo(second.dtype).eps ** 0.5 * scale

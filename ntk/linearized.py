@@ -6,8 +6,11 @@ import torch
 
 from ntk.checks import check_inputs, check_model
 from ntk.errors import NoJacobianProductError
+from ntk.forward import Evaluation
+from ntk.outputs import OutputChoice
 from ntk.parameters import select_parameters
 from ntk.snapshot import Snapshot
+from ntk.statistics import Statistics
 
 _NO_RULE = ("forward AD", "forward mode AD", "jvp", "autograd.Function")
 """Words by which torch says that an operation has no forward-mode derivative."""
@@ -56,7 +59,8 @@ class LinearizedModel(torch.nn.Module):
         origin = {name: self._snapshot.parameters[name] for name in self._names}
         step = {name: value - origin[name] for name, value in self.params.items()}
         with self._snapshot.active():
-            check_model(self._snapshot.model, len(x))
+            statistics = self._snapshot.evaluation.statistics
+            check_model(self._snapshot.plain, statistics.smallest_batch(x))
             try:
                 value_and_change = torch.func.jvp(lambda p: self._snapshot(x, p), (origin,), (step,))
             except (NotImplementedError, RuntimeError) as refusal:
@@ -70,7 +74,13 @@ class LinearizedModel(torch.nn.Module):
 
 
 def linearize(
-    model: torch.nn.Module, *, params: Iterable[str] | None = None, dtype: torch.dtype | None = None
+    model: torch.nn.Module,
+    *,
+    params: Iterable[str] | None = None,
+    dtype: torch.dtype | None = None,
+    batch_statistics: str = "batch",
+    reference: torch.Tensor | None = None,
+    output: OutputChoice = None,
 ) -> LinearizedModel:
     """First-order Taylor model at the present weights (Lee et al. 2019, arXiv 1902.06720).
 
@@ -78,6 +88,9 @@ def linearize(
         model: Network that maps [n, ...] to one tensor. It is left as it was.
         params: Names of the parameters to expand in; None for all that require a gradient.
         dtype: torch.float32 or torch.float64 to compute in; None for the type of the model.
+        batch_statistics: As in `ntk.empirical_ntk`; constant statistics are those at the expansion point.
+        reference: As in `ntk.empirical_ntk`.
+        output: As in `ntk.empirical_ntk`.
 
     Returns:
         A module that begins as the network, and is linear in its parameters.
@@ -91,6 +104,8 @@ def linearize(
     """
     if dtype not in (None, torch.float32, torch.float64):
         raise ValueError(f"dtype must be None, torch.float32 or torch.float64; got {dtype}.")
-    check_model(model, 2)
-    names, _ = select_parameters(model, params)
-    return LinearizedModel(Snapshot(model, dtype), list(names))
+    snapshot = Snapshot(model, Evaluation(dtype, Statistics(batch_statistics, reference), output))
+    with snapshot.active():
+        check_model(snapshot.plain, 2)
+        names, _ = select_parameters(snapshot.plain, params)
+    return LinearizedModel(snapshot, list(names))

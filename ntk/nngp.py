@@ -7,7 +7,7 @@ from ntk.checks import check_inputs, check_model, describe_mode
 from ntk.errors import NonFiniteKernelError, OutputShapeError, UnknownNameError
 from ntk.forward import call, cast
 from ntk.results import AXES, KernelResult
-from ntk.state import preserve_state
+from ntk.wrappers import measured
 
 
 def empirical_nngp(
@@ -44,17 +44,17 @@ def empirical_nngp(
         ActiveDropoutError: A dropout layer is in train mode.
         InputMismatchError: x1 and x2 are no batches of one kind of example.
     """
-    modules = dict(model.named_modules())
-    if layer is not None and layer not in modules:
-        raise UnknownNameError("layer", layer, (name for name in modules if name))
     check_inputs(x1, x2, dtype)
-    check_model(model, min(len(x1), len(x1 if x2 is None else x2)))
-    target = model if layer is None else modules[layer]
-    with preserve_state(model):
-        first = _outputs(model, target, x1, dtype, layer)
-        second = first if x2 is None else _outputs(model, target, x2, dtype, layer)
+    with measured(model) as (plain, notes):
+        modules = dict(plain.named_modules())
+        if layer is not None and layer not in modules:
+            raise UnknownNameError("layer", layer, (name for name in modules if name))
+        check_model(plain, min(len(x1), len(x1 if x2 is None else x2)))
+        target = plain if layer is None else modules[layer]
+        first = _outputs(plain, target, x1, dtype, layer)
+        second = first if x2 is None else _outputs(plain, target, x2, dtype, layer)
+        mode, statistics = describe_mode(plain, two_batches=x2 is not None)
     values = (first.double() @ second.double().T / first.shape[1]).to(first.dtype).numpy()
-    mode, statistics = describe_mode(model, two_batches=x2 is not None)
     return KernelResult(
         values,
         kind="nngp",
@@ -64,6 +64,7 @@ def empirical_nngp(
         mode=mode,
         statistics=statistics,
         layer=layer,
+        notes=notes,
         versions={"torch": torch.__version__, "numpy": np.__version__},
     )
 
@@ -86,7 +87,7 @@ def _outputs(
     handle = target.register_forward_hook(note)
     try:
         with torch.no_grad():
-            call(model, x, {name: cast(p.detach(), dtype) for name, p in model.named_parameters()}, dtype)
+            call(model, x, {name: cast(p.detach(), dtype).clone() for name, p in model.named_parameters()}, dtype)
     finally:
         handle.remove()
     where = "the model" if layer is None else f"layer {layer!r}"

@@ -16,11 +16,12 @@ from scipy.sparse.linalg import LinearOperator
 from ntk.checks import check_inputs, check_model, describe_mode
 from ntk.contraction import CHUNK_BYTES, MAX_CHUNK
 from ntk.errors import NoJacobianProductError, NonFiniteKernelError, NoParametersError, UnknownNameError
-from ntk.forward import run_batch
+from ntk.forward import Evaluation, run_batch
+from ntk.outputs import OutputChoice
 from ntk.parameters import ParameterChoice, select_parameters
 from ntk.projection import Projection, apply_projection, resolve_projection
 from ntk.snapshot import Snapshot
-from ntk.state import preserve_state
+from ntk.statistics import Statistics
 
 REDUCTIONS = ("none", "trace", "sum")
 
@@ -57,6 +58,9 @@ class NtkOperator(LinearOperator):
         params: ParameterChoice = None,
         dtype: torch.dtype | None = None,
         chunk: int | None = None,
+        batch_statistics: str = "batch",
+        reference: torch.Tensor | None = None,
+        output: OutputChoice = None,
     ) -> None:
         """Run the batch, and see that products with its Jacobian can be had.
 
@@ -68,6 +72,9 @@ class NtkOperator(LinearOperator):
             params: As in `ntk.empirical_ntk`.
             dtype: torch.float32 or torch.float64 to compute in; None for the type of the model.
             chunk: Vectors to multiply at once at most; None chooses by memory.
+            batch_statistics: As in `ntk.empirical_ntk`.
+            reference: As in `ntk.empirical_ntk`.
+            output: As in `ntk.empirical_ntk`.
 
         Raises:
             UnknownNameError: reduce, a parameter or a key of the projection does not exist.
@@ -78,17 +85,22 @@ class NtkOperator(LinearOperator):
             raise UnknownNameError("reduce", reduce, REDUCTIONS)
         if chunk is not None and chunk < 1:
             raise ValueError(f"chunk must be at least one vector, or None; got {chunk}.")
-        check_inputs(x, None, dtype)
-        check_model(model, len(x))
-        multipliers, scaled = select_parameters(model, params)
-        own = dict(model.named_parameters())
-        self._projections, self.projection = resolve_projection(projection, {name: own[name] for name in multipliers})
-        self.reduce, self.parametrization = reduce, "scaled" if scaled else "standard"
-        self.mode, self.statistics = describe_mode(model, two_batches=False)
+        statistics = Statistics(batch_statistics, reference)
+        check_inputs(x, None, dtype, reference)
         self._x = x.detach().clone()
-        self._snapshot = Snapshot(model, dtype)
-        with preserve_state(model):
-            largest = run_batch(model, x, multipliers, dtype, "x").activation_bytes
+        self._snapshot = Snapshot(model, Evaluation(dtype, statistics, output))
+        with self._snapshot.active():
+            plain = self._snapshot.plain
+            check_model(plain, statistics.smallest_batch(x))
+            multipliers, scaled = select_parameters(plain, params)
+            own = dict(plain.named_parameters())
+            chosen = {name: own[name] for name in multipliers}
+            self._projections, self.projection = resolve_projection(projection, chosen)
+            self.reduce, self.parametrization = reduce, "scaled" if scaled else "standard"
+            self.mode, self.statistics = describe_mode(
+                plain, two_batches=False, statistics=statistics.describe(two_batches=False)
+            )
+            largest = run_batch(plain, x, multipliers, self._snapshot.evaluation, "x").activation_bytes
         self._multipliers = multipliers
         self._refused: dict[str, str] = {}
         self._record()

@@ -44,6 +44,7 @@ class KernelResult:
         standard_error: Of each value if they are a Monte-Carlo average, else None.
         seed: Of a Monte-Carlo average, else None.
         by_jacobian: Parameters whose share was contracted from their Jacobian, or None if that was no choice.
+        notes: What was done to the model beyond running it, such as taking torch.compile off.
         versions: Package -> version that computed it.
 
     Raises:
@@ -64,6 +65,7 @@ class KernelResult:
     standard_error: np.ndarray | None = None
     seed: int | None = None
     by_jacobian: tuple[str, ...] | None = None
+    notes: tuple[str, ...] = ()
     versions: Mapping[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -128,6 +130,7 @@ class KernelResult:
             f"projection {self.projection or 'none'}",
             norm,
             str(self.dtype),
+            *self.notes,
         ]
         return "; ".join(parts)
 

@@ -3,12 +3,13 @@
 import warnings
 from collections.abc import Generator, Mapping
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from ntk.forward import cast
-from ntk.state import preserve_state
+from ntk.forward import Evaluation, cast, no_recomputation
+from ntk.wrappers import measured
 
 
 class Snapshot:
@@ -18,18 +19,23 @@ class Snapshot:
     derivatives of every kind.
     """
 
-    def __init__(self, model: torch.nn.Module, dtype: torch.dtype | None) -> None:
+    def __init__(self, model: torch.nn.Module, evaluation: Evaluation) -> None:
         """Copy what the output depends on.
 
         Args:
             model: The network; its structure is not copied.
-            dtype: Floating-point type to compute in, or None for that of the model.
+            evaluation: Type to compute in, statistics and outputs.
         """
         self.model = model
-        self.dtype = dtype
-        self.flags = [(module, module.training) for module in model.modules()]
-        self.parameters = {name: cast(value.detach(), dtype).clone() for name, value in model.named_parameters()}
-        self.buffers = {name: cast(value.detach(), dtype).clone() for name, value in model.named_buffers()}
+        self.evaluation = evaluation
+        with measured(model) as (plain, notes):
+            self.plain, self.notes = plain, notes
+            self.flags = [(module, module.training) for module in plain.modules()]
+            self.parameters = {name: self._copy(value) for name, value in plain.named_parameters()}
+            self.buffers = {name: self._copy(value) for name, value in plain.named_buffers()}
+
+    def _copy(self, value: torch.Tensor) -> torch.Tensor:
+        return cast(value.detach(), self.evaluation.dtype).clone()
 
     @contextmanager
     def active(self) -> Generator[None, None, None]:
@@ -41,14 +47,14 @@ class Snapshot:
         Yields:
             Nothing.
         """
-        with preserve_state(self.model), sdpa_kernel(SDPBackend.MATH), warnings.catch_warnings():
+        with measured(self.model), sdpa_kernel(SDPBackend.MATH), warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="There is a performance drop", category=UserWarning)
             warnings.filterwarnings("ignore", message="`torch.jit", category=DeprecationWarning)
             for module, training in self.flags:
                 module.training = training
             yield
 
-    def __call__(self, x: torch.Tensor, parameters: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    def __call__(self, x: torch.Tensor, parameters: Mapping[str, torch.Tensor]) -> Any:
         """Run one whole batch.
 
         Args:
@@ -56,8 +62,9 @@ class Snapshot:
             parameters: Name -> tensor that stands in for the copy.
 
         Returns:
-            What the model returns.
+            What the model returns, or the part of it that is meant.
         """
-        buffers = {name: value.clone() for name, value in self.buffers.items()}
-        state = {**self.parameters, **parameters, **buffers}
-        return torch.func.functional_call(self.model, state, (cast(x, self.dtype),))
+        standing = {**self.parameters, **parameters}
+        with no_recomputation():
+            moments = self.evaluation.moments(self.plain, x, standing, self.parameters, self.buffers)
+            return self.evaluation.outputs(self.plain, x, standing, moments, "x", self.buffers)

@@ -22,7 +22,7 @@ from torch import Tensor
 from ntk.blocks import ENTRIES, Block, add_share, mirror
 from ntk.capture import Capture
 from ntk.contraction import Contraction, Gradients, RowSource, contract, parameter_sources
-from ntk.forward import Batch, run_batch
+from ntk.forward import Batch, Evaluation, run_batch
 from ntk.shares import Derivatives, Share, bias_shares, outer, row_spans
 
 WORKING_BYTES = 2**31
@@ -41,7 +41,7 @@ class Recording:
 
 
 def record(
-    model: torch.nn.Module, inputs: Sequence[tuple[str, Tensor]], names: Sequence[str], dtype: torch.dtype | None
+    model: torch.nn.Module, inputs: Sequence[tuple[str, Tensor]], names: Sequence[str], evaluation: Evaluation
 ) -> list[Recording]:
     """Run each batch and record the calls that use parameters, all of a parameter's uses or none.
 
@@ -49,14 +49,14 @@ def record(
         model: The network.
         inputs: (name of the argument, batch).
         names: Parameters of the kernel.
-        dtype: Type to compute in, or None for the type of the model.
+        evaluation: Type to compute in, statistics and outputs.
     """
     excluded: set[str] = set()
     while True:
         recordings = []
         for argument, x in inputs:
             capture = Capture(excluded)
-            recordings.append(Recording(run_batch(model, x, names, dtype, argument, capture), capture))
+            recordings.append(Recording(run_batch(model, x, names, evaluation, argument, capture), capture))
         found = [{factor.name for site in part.capture.sites for factor in site.factors} for part in recordings]
         leaks = set().union(*(part.capture.leaks(part.batch.output) for part in recordings))
         leaks |= found[0] ^ found[-1]

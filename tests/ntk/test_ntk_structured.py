@@ -11,6 +11,7 @@ from torch import nn
 import ntk
 from ntk import blocks, structured
 from ntk import errors as ntk_errors
+from ntk.forward import Evaluation
 from ntk.structured import record
 from tests.ntk.conformance import assert_same, reduced
 from tests.ntk.modules import MODULES, Apply, build
@@ -90,7 +91,7 @@ def test_memory_that_is_too_little() -> None:
 def independent(name: str) -> dict[str, bool]:
     """Parameter -> whether the examples do not meet between it and the output."""
     model, x, _ = build(name, n=6)
-    (part,) = record(model, [("x1", x)], [key for key, _ in model.named_parameters()], None)
+    (part,) = record(model, [("x1", x)], [key for key, _ in model.named_parameters()], Evaluation())
     flags = structured._independent_sites(part)
     return {factor.name: flag for flag, site in zip(flags, part.capture.sites, strict=True) for factor in site.factors}
 
@@ -127,7 +128,7 @@ def test_what_lies_before_batch_statistics_is_not_put_to_the_test() -> None:
 def test_weak_coupling_is_seen() -> None:
     """Examples that meet with a weight of 1e-9 are still not independent in float64."""
     model = Apply(lambda s, x: s.b(torch.tanh(s.a(x) + 1e-9 * s.a(x).sum(0))), a=nn.Linear(4, 4), b=nn.Linear(4, 2))
-    (part,) = record(model.double(), [("x1", torch.randn(6, 4).double())], ["a.weight", "b.weight"], None)
+    (part,) = record(model.double(), [("x1", torch.randn(6, 4).double())], ["a.weight", "b.weight"], Evaluation())
     assert structured._independent_sites(part) == [True, False, True]
 
 

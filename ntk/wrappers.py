@@ -1,0 +1,111 @@
+"""The plain module behind what may be wrapped around it, in surroundings that do not change its kernel."""
+
+import sys
+from collections.abc import Generator
+from contextlib import ExitStack, contextmanager
+
+import torch
+
+from ntk.errors import WrappedModelError
+from ntk.state import preserve_state
+
+Plain = tuple[torch.nn.Module, tuple[str, ...]]
+"""A module without wrappers, and what was taken off it."""
+
+
+@contextmanager
+def measured(model: torch.nn.Module) -> Generator[Plain, None, None]:
+    """Take wrappers off a model, and leave everything as it was afterwards.
+
+    `torch.compile`, `DataParallel` and `DistributedDataParallel` are taken off, of submodules too, and parameters go by
+    the names in the plain module. Autocast and inference mode around the call are off inside. Forward hooks run, as
+    they are part of the function, once for each pass; backward hooks do not, as they are no part of it.
+
+    Args:
+        model: The network.
+
+    Yields:
+        The plain module, and a note for each wrapper.
+
+    Raises:
+        WrappedModelError: The model is, or contains, a module that cannot be differentiated by its weights.
+    """
+    kinds = {"cpu", *(value.device.type for value in model.parameters())}
+    with ExitStack() as stack:
+        stack.enter_context(torch.inference_mode(mode=False))
+        for kind in kinds:
+            if torch.is_autocast_enabled(kind):
+                stack.enter_context(torch.autocast(kind, enabled=False))
+        if "torch._dynamo" in sys.modules:
+            stack.enter_context(torch.compiler.set_stance("force_eager"))  # functions compiled inside a forward
+        stack.enter_context(preserve_state(model))
+        plain, notes = _unwrapped(model)
+        for module in plain.modules():
+            module._backward_hooks.clear()
+            module._backward_pre_hooks.clear()
+        yield plain, notes
+
+
+def _unwrapped(model: torch.nn.Module) -> Plain:
+    """Take wrappers off a model in place; `preserve_state` puts them back.
+
+    Raises:
+        WrappedModelError: A module cannot be differentiated by its weights.
+    """
+    notes: list[str] = []
+    plain = _inner(model, "", notes)
+    seen = set()
+    queue = [("", plain)]
+    while queue:
+        path, module = queue.pop(0)
+        if id(module) in seen:
+            continue
+        seen.add(id(module))
+        _refuse(module, path)
+        if module.__dict__.get("_compiled_call_impl") is not None:
+            module.__dict__["_compiled_call_impl"] = None
+            notes.append(_note("torch.compile", path))
+        for name, child in module._modules.items():
+            if child is not None:
+                where = f"{path}.{name}" if path else name
+                module._modules[name] = inner = _inner(child, where, notes)
+                queue.append((where, inner))
+    return plain, tuple(notes)
+
+
+def _inner(module: torch.nn.Module, path: str, notes: list[str]) -> torch.nn.Module:
+    """What is inside one module's wrappers."""
+    while True:
+        if isinstance(module, torch.nn.DataParallel | torch.nn.parallel.DistributedDataParallel):
+            notes.append(_note(type(module).__name__, path))
+            module = module.module
+        elif type(module).__module__.startswith("torch._dynamo") and "_orig_mod" in module._modules:
+            notes.append(_note("torch.compile", path))
+            module = module.get_submodule("_orig_mod")
+        else:
+            return module
+
+
+def _note(what: str, path: str) -> str:
+    return f"{what} taken off {f'module {path!r}' if path else 'the model'}"
+
+
+def _refuse(module: torch.nn.Module, path: str) -> None:
+    """Refuse a module whose weights cannot be exchanged for others.
+
+    Raises:
+        WrappedModelError: It is a ScriptModule or shards its parameters.
+    """
+    where = f"module {path!r}" if path else "model"
+    if isinstance(module, torch.jit.ScriptModule):
+        raise WrappedModelError(
+            f"{where} is a ScriptModule, whose weights cannot be exchanged for others; pass the torch.nn.Module that "
+            "it was made from."
+        )
+    if type(module).__name__ in ("FullyShardedDataParallel", "FSDPModule") or any(
+        type(value).__name__ == "DTensor" for value in module._parameters.values()
+    ):
+        raise WrappedModelError(
+            f"{where} is {type(module).__name__} with parameters that are spread over processes; gather them into a "
+            "plain copy of the network and pass that."
+        )
