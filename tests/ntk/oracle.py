@@ -2,7 +2,9 @@
 
 import hashlib
 import io
+import random
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -111,10 +113,21 @@ def state_hash(model: nn.Module) -> str:
     torch.save({k: v.clone() for k, v in model.state_dict().items()}, stream)
     digest.update(stream.getvalue())
     for module in model.modules():
-        digest.update(bytes([module.training]))
+        for name, value in module.__dict__.items():
+            digest.update(f"{name} {_identity(value)}".encode())
     for parameter in model.parameters():
         digest.update(bytes([parameter.requires_grad]))
         digest.update(b"no grad" if parameter.grad is None else parameter.grad.numpy().tobytes() + b"grad")
-        digest.update(str(id(parameter.grad)).encode())
+        digest.update(f"{id(parameter.grad)} {_identity(parameter._backward_hooks)}".encode())
+    digest.update(repr((random.getstate(), np.random.get_state()[1:3])).encode())  # ruff: ignore[numpy-legacy-random]
+    digest.update(np.random.get_state()[1].tobytes())  # ruff: ignore[numpy-legacy-random]
     digest.update(torch.get_rng_state().numpy().tobytes())
     return digest.hexdigest()
+
+
+def _identity(value: object) -> str:
+    """Which object it is; the objects in it, if it is a container; and its values, if it is a tensor."""
+    inside = (*value.keys(), *value.values()) if isinstance(value, dict) else value
+    entries = [str(id(entry)) for entry in inside] if isinstance(value, dict | list | set) else []
+    bits = value.detach().numpy().tobytes().hex() if isinstance(value, torch.Tensor) else ""
+    return f"{id(value)} {entries} {bits}"
