@@ -82,14 +82,16 @@ def _tensors(model: torch.nn.Module) -> list[torch.Tensor]:
 
 
 def _write(tensor: torch.Tensor, values: torch.Tensor) -> None:
-    """Give a tensor its values back if they have changed.
-
-    Compared bitwise: not a number differs from itself, and writing what is there would invalidate graphs that hold it.
-    """
-    if tensor.layout != torch.strided or not _bits(tensor).equal(_bits(values)):
+    """Give a tensor its values back if they changed: writing what is there would invalidate graphs that hold it."""
+    if not _same_bits(tensor, values):
         with torch.inference_mode(mode=tensor.is_inference()), torch.no_grad():
             tensor.copy_(values)
 
 
-def _bits(value: torch.Tensor) -> torch.Tensor:
-    return value.detach().resolve_conj().reshape(-1).view(torch.uint8)
+def _same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
+    """Whether two tensors hold the same bits; not a number differs from itself."""
+    try:
+        first, second = (value.detach().resolve_conj().reshape(-1).view(torch.uint8) for value in (a, b))
+        return first.equal(second)
+    except RuntimeError:  # fake, meta and sparse tensors have no bits to compare
+        return False

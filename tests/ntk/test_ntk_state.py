@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import ntk
 from ntk import errors
@@ -203,6 +204,18 @@ def test_not_a_number_in_a_buffer_is_restored_bitwise() -> None:
     with ntk.preserve_state(model):
         model[1].running_var.zero_()
     assert state_hash(model) == before
+
+
+def test_tensors_without_bits_to_compare() -> None:
+    for mode in (torch.device("meta"), FakeTensorMode()):
+        with mode:
+            model, x = nn.Sequential(nn.Linear(4, 3), nn.BatchNorm1d(3)), torch.zeros(5, 4)
+            with ntk.preserve_state(model):
+                model(x)
+    model.register_buffer("sparse", torch.eye(2).to_sparse())
+    with ntk.preserve_state(model):
+        model.sparse.mul_(2)
+    assert torch.equal(model.sparse.to_dense(), torch.eye(2))
 
 
 def test_a_graph_of_the_user_stays_usable() -> None:
