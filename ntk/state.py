@@ -4,6 +4,7 @@ import random
 from collections import deque
 from collections.abc import Generator
 from contextlib import contextmanager
+from operator import is_
 
 import numpy as np
 import torch
@@ -28,8 +29,9 @@ def preserve_state(model: torch.nn.Module) -> Generator[torch.nn.Module, None, N
     Yields:
         The same model.
     """
-    attributes = [(module.__dict__, _items(module.__dict__)) for module in model.modules()]
-    containers = [(value, _items(value)) for _, items in attributes for _, value in items if _is_container(value)]
+    attributes = [module.__dict__ for module in model.modules()]
+    held = [value for entries in attributes for value in entries.values() if isinstance(value, Container)]
+    containers = [(container, container.copy() if container else ()) for container in (*attributes, *held)]
     tensors = {id(value): (value, value.detach().clone()) for value in _tensors(model)}
     parameters = [(value, value.requires_grad, value.grad) for value in model.parameters()]
     grads = [(grad, grad.detach().clone()) for _, _, grad in parameters if grad is not None]
@@ -38,8 +40,8 @@ def preserve_state(model: torch.nn.Module) -> Generator[torch.nn.Module, None, N
     try:
         yield model
     finally:
-        for container, items in (*attributes, *containers):
-            _restore(container, items)
+        for container, entries in containers:
+            _restore(container, entries)
         for tensor, values in (*tensors.values(), *grads):
             _write(tensor, values)
         for parameter, requires_grad, grad in parameters:
@@ -54,25 +56,21 @@ def preserve_state(model: torch.nn.Module) -> Generator[torch.nn.Module, None, N
             torch.cuda.set_rng_state_all(cuda_generators)
 
 
-def _is_container(value: object) -> bool:
-    return isinstance(value, Container)
-
-
-def _items(container: Container) -> list:
-    return list(container.items()) if isinstance(container, dict) else list(container)
-
-
-def _restore(container: Container, items: list) -> None:
+def _restore(container: Container, entries: Container | tuple[()]) -> None:
     """Put the entries of a container back, in the same object, which handles of hooks refer to."""
-    now = _items(container)
-    flat = [[part for item in side for part in item] if isinstance(container, dict) else side for side in (now, items)]
-    if len(flat[0]) == len(flat[1]) and all(a is b for a, b in zip(*flat, strict=True)):
+    if _identical(container, entries):
         return
     container.clear()
     if isinstance(container, dict | set):
-        container.update(items)
+        container.update(entries)
     else:
-        container.extend(items)
+        container.extend(entries)
+
+
+def _identical(a: Container, b: Container | tuple[()]) -> bool:
+    if len(a) != len(b) or not all(map(is_, a, b)):
+        return False
+    return not (isinstance(a, dict) and isinstance(b, dict)) or all(map(is_, a.values(), b.values()))
 
 
 def _tensors(model: torch.nn.Module) -> list[torch.Tensor]:
