@@ -60,7 +60,7 @@ class NondeterministicModelError(ValueError):
 
 
 class WrappedModelError(ValueError):
-    """The model is wrapped in something that keeps its weights from being exchanged."""
+    """The model is wrapped in something that cannot be taken off, or keeps its weights from being exchanged."""
 
 
 class CheckpointingError(ValueError):

@@ -174,6 +174,7 @@ class KernelResult:
         attributes: dict[str, Any] = {name: getattr(self, name) or "" for name in names}
         attributes["symmetric"] = int(self.symmetric)
         attributes["multipliers"] = "; ".join(f"{name}: {value!r}" for name, value in self.multipliers or ())
+        attributes["notes"] = "; ".join(self.notes)
         attributes["versions"] = "; ".join(f"{name} {version}" for name, version in self.versions.items())
         if self.seed is not None:
             attributes["seed"] = self.seed

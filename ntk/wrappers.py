@@ -50,7 +50,7 @@ def _unwrapped(model: torch.nn.Module) -> Plain:
     """Take wrappers off a model in place; `preserve_state` puts them back.
 
     Raises:
-        WrappedModelError: A module cannot be differentiated by its weights.
+        WrappedModelError: A module cannot be differentiated by its weights, or a wrapper has a forward hook.
     """
     notes: list[str] = []
     plain = _inner(model, "", notes)
@@ -74,16 +74,25 @@ def _unwrapped(model: torch.nn.Module) -> Plain:
 
 
 def _inner(module: torch.nn.Module, path: str, notes: list[str]) -> torch.nn.Module:
-    """What is inside one module's wrappers."""
+    """What is inside one module's wrappers.
+
+    Raises:
+        WrappedModelError: A wrapper has a forward hook, which would be taken off with it.
+    """
     while True:
         if isinstance(module, torch.nn.DataParallel | torch.nn.parallel.DistributedDataParallel):
-            notes.append(_note(type(module).__name__, path))
-            module = module.module
+            what, inner = type(module).__name__, module.module
         elif type(module).__module__.startswith("torch._dynamo") and "_orig_mod" in module._modules:
-            notes.append(_note("torch.compile", path))
-            module = module.get_submodule("_orig_mod")
+            what, inner = "torch.compile", module.get_submodule("_orig_mod")
         else:
             return module
+        if module._forward_hooks or module._forward_pre_hooks:
+            raise WrappedModelError(
+                f"{f'module {path!r}' if path else 'model'} has a forward hook on the wrapper of {what}, which is "
+                "taken off for a kernel; register the hook on the module inside."
+            )
+        notes.append(_note(what, path))
+        module = inner
 
 
 def _note(what: str, path: str) -> str:

@@ -94,6 +94,7 @@ def test_wrappers_are_taken_off(name: str) -> None:
         assert found.notes == notes
         assert all(note in found.describe() for note in notes)
         assert notes[0].replace("'", "&#x27;") in found._repr_html_()
+        assert found.to_dataset().attrs["notes"] == "; ".join(notes)
         assert list(ntk.layerwise_ntk(model, X)) == ["0", "1", "2.0", "3"]
         assert set(found.by_jacobian or ()) == set()
         chosen = ntk.empirical_ntk(model, X, params=["2.0.weight"])
@@ -135,6 +136,18 @@ def test_script_modules() -> None:
         ntk.empirical_ntk(script, X)
     with refused(errors.WrappedModelError, "module '1' is a ScriptModule"):
         ntk.NtkOperator(nn.Sequential(nn.Identity(), script), X)
+
+
+@pytest.mark.parametrize("wrap", [compiled, nn.DataParallel, with_child(nn.DataParallel)])
+@pytest.mark.parametrize("register", ["register_forward_hook", "register_forward_pre_hook"])
+def test_hooks_of_a_wrapper(register: str, wrap: Callable[[nn.Module], nn.Module]) -> None:
+    model = wrap(network())
+    hooked = model[2][0] if isinstance(model, nn.Sequential) else model
+    getattr(hooked, register)(lambda *_: None)
+    before = state_hash(model)
+    with refused(errors.WrappedModelError, "forward hook on the wrapper of", "on the module inside"):
+        ntk.empirical_ntk(model, X)
+    assert state_hash(model) == before
 
 
 def test_parameters_spread_over_processes() -> None:
