@@ -121,7 +121,7 @@ def test_examples_that_meet_are_not_taken_apart(monkeypatch: pytest.MonkeyPatch)
 def test_what_lies_before_batch_statistics_is_not_put_to_the_test() -> None:
     for name, before in (("batch norm 2d", 1), ("batch norm of torch", 1), ("batch norm in eval mode", 0)):
         model, x, _ = build(name)
-        (part,) = record(model, [("x1", x)], [key for key, _ in model.named_parameters()], None)
+        (part,) = record(model, [("x1", x)], [key for key, _ in model.named_parameters()], Evaluation())
         assert part.capture.coupled == before
 
 
