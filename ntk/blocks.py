@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from ntk.costs import factored
 from ntk.separable import separate
 from ntk.shares import Derivatives, Share, outer
 
@@ -19,9 +20,6 @@ ENTRIES = 2**25
 
 SEPARABLE = 0.5
 """What the separable form must save before derivatives are searched for it, a fraction of the cheaper other way."""
-
-ELEMENTWISE = 40
-"""Multiply-adds of a matrix product in the time of one elementwise operation (measured on 2 cores: 30 to 60)."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -101,13 +99,13 @@ def add_share(
             _add_positions(block, lefts, rights, multipliers)
             return True
         if way == "outer":
-            _add_outer(block, lefts, rights, multipliers[0])
-            return False
+            break
         separated = [separate(right) for right in rights[: 2 - block.lower]]
         if None not in separated:
             _add_separable(block, lefts, (separated[0], separated[-1]), multipliers[0])
             return False
-    raise AssertionError("gradients can always be written out")
+    _add_outer(block, lefts, rights, multipliers[0])
+    return False
 
 
 def _ranking(costs: dict[str, float]) -> list[str]:
@@ -116,18 +114,9 @@ def _ranking(costs: dict[str, float]) -> list[str]:
 
 
 def _costs(block: Block, lefts: list[Tensor], rights: list[Tensor]) -> dict[str, float]:
-    """Multiply-adds of each way to add a share: pairs of positions; gradients written out; or written for one output."""
     (n, g, k, p), (m, _, _, p2) = lefts[0].shape, lefts[1].shape
-    (u, _, _, q, _), v = rights[0].shape, len(rights[1])
-    units = u if block.paired else u * v
-    pairs = units * n * m / (2 if block.lower else 1)
-    elementwise = ELEMENTWISE * (n * m if block.paired else pairs) * p * p2 * g
-    written = (n * p + m * p2) * g * k * q
-    return {
-        "positions": n * m * p * p2 * g * k + pairs * p * p2 * g * q + elementwise,
-        "outer": (u * n * p + (0 if block.lower else v * m * p2)) * g * k * q + pairs * g * k * q,
-        "separable": written + n * m * g * q * (k + units),
-    }
+    outputs, q = (len(rights[0]), len(rights[1])), rights[0].shape[3]
+    return factored((g, k, q, p, p2), outputs, (n, m), paired=block.paired, lower=block.lower)
 
 
 def _add_outer(block: Block, lefts: list[Tensor], rights: list[Tensor], factor: float) -> None:

@@ -1,0 +1,53 @@
+"""What `max_memory` means: a bound on everything that a kernel needs beyond the model and its inputs."""
+
+import re
+
+from ntk.errors import MemoryBudgetError
+
+_UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
+
+
+def parse_memory(value: int | str | None) -> int | None:
+    """Bytes that a user wrote down.
+
+    Args:
+        value: A number of bytes, or a string such as "1GiB", "512 MiB" or "800MB"; None for no bound.
+
+    Raises:
+        ValueError: It is neither, or not positive.
+    """
+    if value is None:
+        return None
+    if isinstance(value, str):
+        match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?)(i?)B?\s*", value, re.IGNORECASE)
+        if match:
+            number, unit, binary = match.groups()
+            base = _UNITS[unit.upper()]
+            return int(float(number) * (base if binary or base == 1 else 1000 ** list(_UNITS).index(unit.upper())))
+    elif isinstance(value, int) and not isinstance(value, bool) and value > 0:
+        return value
+    raise ValueError(
+        f"max_memory must be a positive number of bytes, or a string such as '1GiB' or '800MB'; got {value!r}. "
+        "None sets no bound."
+    )
+
+
+def left_to_work_in(max_memory: int, held: int, least: int, piece: str) -> int:
+    """Bytes that remain once what is held throughout is subtracted.
+
+    Args:
+        max_memory: Bytes allowed.
+        held: Bytes of the kernel itself, and of the activations of the batch.
+        least: Bytes of the smallest piece of work.
+        piece: What that is, for the error.
+
+    Raises:
+        MemoryBudgetError: The piece does not fit.
+    """
+    if max_memory - held < least:
+        raise MemoryBudgetError(
+            f"max_memory must hold the kernel and the activations of the batch, {held} bytes, and {piece}, {least} "
+            f"bytes; got {max_memory} bytes. max_memory={held + least} would do; or take fewer examples or params, "
+            "another reduce, or float32."
+        )
+    return max_memory - held
