@@ -85,7 +85,12 @@ def input_gradient() -> tuple[nn.Module, Example]:
         value = self.head(torch.tanh(self.norm(self.inner(x))))
         return torch.autograd.grad(value.sum(), x, create_graph=True)[0] + self.skip(x)
 
-    parts = {"inner": nn.Linear(4, 5), "norm": nn.LayerNorm(5), "head": nn.Linear(5, 1), "skip": nn.Linear(4, 4)}
+    parts = {
+        "inner": nn.Linear(4, 5),
+        "norm": nn.LayerNorm(5, eps=0.1),
+        "head": nn.Linear(5, 1),
+        "skip": nn.Linear(4, 4),
+    }
     return of_vector(forward, **parts)
 
 
@@ -110,6 +115,7 @@ def with_buffers(module: nn.Module, **buffers: torch.Tensor) -> nn.Module:
 CONVOLUTIONS = {
     "conv1d": lambda: signal(nn.Conv1d(4, 3, 3, stride=2, padding=2, dilation=2)),
     "conv1d same": lambda: signal(nn.Conv1d(4, 3, 4, padding="same", dilation=2)),
+    "conv1d same, one more after": lambda: signal(nn.Conv1d(4, 3, 2, padding="same")),
     "conv1d valid": lambda: signal(nn.Conv1d(4, 2, 2, padding="valid")),
     "conv2d": lambda: image(nn.Conv2d(4, 3, 3)),
     "conv2d 1x1": lambda: image(nn.Conv2d(4, 6, 1)),
@@ -214,14 +220,16 @@ DENSE = {
 
 NORMALIZED = {
     "batch norm": lambda: vector(nn.Linear(4, 5), nn.BatchNorm1d(5), nn.ReLU(), nn.Linear(5, 3)),
-    "batch norm 2d": lambda: image(nn.Conv2d(4, 3, 3), nn.BatchNorm2d(3), nn.ReLU(inplace=True), nn.Conv2d(3, 2, 2)),
+    "batch norm 2d": lambda: image(
+        nn.Conv2d(4, 3, 3), nn.BatchNorm2d(3, eps=0.1), nn.ReLU(inplace=True), nn.Conv2d(3, 2, 2)
+    ),
     "batch norm last": lambda: vector(nn.Linear(4, 3, bias=False), nn.BatchNorm1d(3)),
     "batch norm without statistics": lambda: vector(nn.Linear(4, 3), nn.BatchNorm1d(3, track_running_stats=False)),
     "batch norm without affine": lambda: image(nn.Conv2d(4, 3, 3), nn.BatchNorm2d(3, affine=False)),
     "batch norm called twice": lambda: of_vector(
         lambda s, x: s.n(s.a(s.n(x).tanh())), a=nn.Linear(4, 4), n=nn.BatchNorm1d(4)
     ),
-    "batch norm in eval mode": lambda: image(nn.Conv2d(4, 3, 3), nn.BatchNorm2d(3).eval(), nn.ReLU()),
+    "batch norm in eval mode": lambda: image(nn.Conv2d(4, 3, 3), nn.BatchNorm2d(3, eps=0.1).eval(), nn.ReLU()),
     "batch norm of torch": lambda: (
         with_buffers(
             Apply(direct_batch_norm, a=nn.Linear(4, 5), g=(5,), s=(5,), b=nn.Linear(5, 2)),
@@ -252,10 +260,10 @@ NORMALIZED = {
     "layer norm of two axes": lambda: signal(nn.LayerNorm((4, 6))),
     "layer norm over positions": lambda: signal(nn.LayerNorm(6)),
     "layer norm, gain is shift": lambda: of_vector(lambda s, x: F.layer_norm(x, (4,), s.p, s.p), p=(4,)),
-    "rms norm": lambda: signal(nn.RMSNorm(6)),
-    "group norm": lambda: image(nn.Conv2d(4, 4, 2), nn.GroupNorm(2, 4)),
+    "rms norm": lambda: signal(nn.RMSNorm(6, eps=0.1)),
+    "group norm": lambda: image(nn.Conv2d(4, 4, 2), nn.GroupNorm(2, 4, eps=0.1)),
     "group norm of vectors": lambda: vector(nn.Linear(4, 6), nn.GroupNorm(3, 6), nn.Tanh()),
-    "instance norm": lambda: image(nn.Conv2d(4, 3, 2), nn.InstanceNorm2d(3, affine=True)),
+    "instance norm": lambda: image(nn.Conv2d(4, 3, 2), nn.InstanceNorm2d(3, eps=0.1, affine=True)),
     "instance norm in eval mode": lambda: signal(nn.InstanceNorm1d(4, affine=True, track_running_stats=True).eval()),
     "instance norm with statistics": lambda: signal(nn.InstanceNorm1d(4, affine=True, track_running_stats=True)),
 }
@@ -265,7 +273,10 @@ OTHERS = {
         lambda s, x: s.a((s.g * x + s.p).tanh()) * s.h - s.k, a=nn.Linear(4, 3), g=(), p=(4,), h=(1, 3), k=(3,)
     ),
     "scaled shifts": lambda: of_vector(
-        lambda s, x: torch.add(x, s.p, alpha=-2) * torch.sub(x, s.q, alpha=3) * torch.sub(s.r, x, alpha=2),
+        lambda s, x: (
+            torch.add(x, s.p, alpha=-2) * torch.sub(x, s.q, alpha=3) * torch.sub(s.r, x, alpha=2)
+            + torch.add(s.r, x.sin(), alpha=2)
+        ),
         p=(4,),
         q=(1, 4),
         r=(),

@@ -104,15 +104,15 @@ def normalization(draw: Draw) -> Layer:
     dims, bias = len(space) - 1, draw(st.booleans())
     batch_norm = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)[dims]
     instance_norm = (nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d)[dims]
-    tracked, mode = draw(st.booleans()), draw(st.booleans())
+    tracked, mode, eps = draw(st.booleans()), draw(st.booleans()), draw(st.sampled_from([1e-5, 0.1]))
     make = draw(
         st.sampled_from(
             [
-                lambda: nn.GroupNorm(groups, channels),
-                lambda: nn.LayerNorm(trailing, bias=bias),
-                lambda: nn.RMSNorm(trailing),
-                lambda: batch_norm(channels, track_running_stats=tracked).train(mode),
-                lambda: instance_norm(channels, affine=True, track_running_stats=tracked).train(mode),
+                lambda: nn.GroupNorm(groups, channels, eps),
+                lambda: nn.LayerNorm(trailing, eps, bias=bias),
+                lambda: nn.RMSNorm(trailing, eps),
+                lambda: batch_norm(channels, eps, track_running_stats=tracked).train(mode),
+                lambda: instance_norm(channels, eps, affine=True, track_running_stats=tracked).train(mode),
                 lambda: nn.PReLU(channels if bias else 1),
             ]
         )
@@ -128,6 +128,7 @@ OPERATIONS = {
     "x - p": lambda s, x: torch.sin(x - s.p),
     "p - x": lambda s, x: torch.sin(s.p - x),
     "add with alpha": lambda s, x: torch.sin(torch.add(x, s.p, alpha=3)),
+    "add to it with alpha": lambda s, x: torch.sin(torch.add(s.p, x, alpha=3)),
     "subtract with alpha": lambda s, x: torch.sin(x.sub(s.p, alpha=3)),
     "subtract from it with alpha": lambda s, x: torch.sin(torch.sub(s.p, x, alpha=3)),
     "twice": lambda s, x: x * s.p + s.p * x.sin(),

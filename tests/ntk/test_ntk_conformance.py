@@ -19,6 +19,7 @@ from tests.ntk.modules import MODULES, build
 from tests.ntk.oracle import jacobian, kernel, state_hash
 from tests.ntk.shapes import FEW
 
+pytestmark = pytest.mark.filterwarnings("ignore:Using padding=.same. with even kernel lengths:UserWarning")
 each_module = pytest.mark.parametrize("name", MODULES)
 
 

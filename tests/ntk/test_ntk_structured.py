@@ -17,6 +17,8 @@ from tests.ntk.conformance import assert_same, reduced
 from tests.ntk.modules import MODULES, Apply, build
 from tests.ntk.oracle import jacobian, kernel
 
+pytestmark = pytest.mark.filterwarnings("ignore:Using padding=.same. with even kernel lengths:UserWarning")
+
 WITHOUT_RULE = {
     "conv without batch axis": {"a.weight", "a.bias"},
     "linear on each example": {"a.weight", "a.bias"},
