@@ -150,6 +150,7 @@ DENSE = {
     "linear without bias": lambda: vector(nn.Linear(4, 6, bias=False), nn.GELU(), nn.Linear(6, 2, bias=False)),
     "linear in place": lambda: vector(nn.Linear(4, 6), nn.ReLU(inplace=True), nn.Linear(6, 3)),
     "linear over positions": lambda: signal(nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 3)),
+    "linear over positions, in place": lambda: signal(nn.Linear(6, 5), nn.ReLU(inplace=True), nn.Linear(5, 3)),
     "linear over two axes": lambda: image(nn.Linear(5, 3), nn.Tanh(), nn.Linear(3, 2)),
     "linear over folded positions": lambda: of_sequence(
         lambda s, x: s.head(torch.tanh(s.inner(x.flatten(0, 1))).reshape(len(x), -1)),

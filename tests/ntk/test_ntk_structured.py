@@ -134,6 +134,15 @@ def test_weak_coupling_is_seen() -> None:
     assert structured._independent_sites(part) == [True, False, True]
 
 
+def test_a_rule_that_serves_one_batch_only() -> None:
+    """A model that takes another path on the second batch, where its weight has no rule."""
+    path = lambda s, x: s.a(x).tanh() if x.sum() > 0 else (x @ s.a.weight.T + s.a.bias).sin()
+    model, x = Apply(path, a=nn.Linear(4, 3)).double(), torch.rand(3, 4).double()
+    result = ntk.empirical_ntk(model, x, -x, implementation="structured")
+    assert result.by_jacobian == ("a.weight",)
+    assert_same(result, kernel(jacobian(model, x), jacobian(model, -x)))
+
+
 def test_a_detached_output_depends_on_nothing() -> None:
     with pytest.raises(ntk_errors.NoParametersError, match="depends on none of the selected parameters"):
         ntk.empirical_ntk(Apply(lambda s, x: s.a(x).detach(), a=nn.Linear(4, 2)), torch.randn(3, 4))
