@@ -97,15 +97,14 @@ class Capture(TorchFunctionMode):
             self.doubtful = before
         if not torch.is_grad_enabled() or _inside_transform():
             return func(*args, **kwargs)
-        normalizes = normalizes_over_batch(func, args, kwargs)
-        output = self._record(func, args, kwargs, normalizes=normalizes)
-        if normalizes:
+        output = self._record(func, args, kwargs)
+        if normalizes_over_batch(func, args, kwargs):
             self.coupled = before
         elif not keeps_examples_apart(func, args, kwargs, output) and _may_carry_gradients(output):
             self.doubtful = before
         return output
 
-    def _record(self, func: Callable, args: Sequence, kwargs: dict, *, normalizes: bool) -> Any:
+    def _record(self, func: Callable, args: Sequence, kwargs: dict) -> Any:
         """Run one function, and note the call if all that its parameters reach is its output."""
         rule = find_rule(func)
         factors = rule(self._named, *args, **kwargs) if rule and self._watched(args, kwargs) else []
@@ -121,8 +120,7 @@ class Capture(TorchFunctionMode):
             return output
         if output._is_view():  # an in-place operation on a view would reroute the graph around it
             output = output.clone()
-        # The running statistics of a batch norm are written to, and not read.
-        versions = tuple((source, source._version) for source in (sources[:1] if normalizes else sources))
+        versions = tuple((source, source._version) for source in sources)
         edge = get_gradient_edge(output)
         inputs = [source for source in sources if source.requires_grad and id(source) not in aliases]
         inside = frozenset(_nodes(edge.node, {get_gradient_edge(source).node for source in inputs}))
