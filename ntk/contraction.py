@@ -17,8 +17,9 @@ import numpy as np
 import torch
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
-from ntk.errors import MemoryBudgetError, NoParametersError
+from ntk.errors import NoParametersError
 from ntk.forward import Batch
+from ntk.memory import left_to_work_in
 from ntk.projection import Projection, apply_projection
 
 MAX_CHUNK = 64
@@ -40,7 +41,7 @@ class Contraction:
         multipliers: Parameter name -> factor of its contribution.
         projections: Parameter name -> linear map applied to its rows.
         groups: Parameter name -> key of the kernel that its contribution is added to.
-        max_memory: Bytes that Jacobian rows may take, or None.
+        max_memory: Bytes that everything beyond the model and its inputs may take, or None.
         report: Called after each chunk with (rows computed, rows to compute in all).
     """
 
@@ -223,6 +224,7 @@ def contract(
     second: Batch | None,
     plan: Contraction,
     sources: tuple[list[RowSource], list[RowSource]] | None = None,
+    held: int = 0,
 ) -> dict[str, np.ndarray]:
     """Contract the Jacobians of two batches, or of one with itself.
 
@@ -233,6 +235,7 @@ def contract(
         second: The batch of its columns, n2 examples, or None for the first one.
         plan: Reduction, multipliers, projections, groups and memory.
         sources: Of the rows of either batch; None for the gradients by its parameters.
+        held: Bytes of `max_memory` that are taken already.
 
     Returns:
         Group -> kernel in the dtype of the model: [n1, n2, o, o] for reduce="none", else [n1, n2].
@@ -244,8 +247,9 @@ def contract(
     n, o = first.output.shape
     per_example = o if plan.reduce == "none" else 1
     counts = n * per_example, 0 if second is None else second.output.shape[0] * per_example
-    tile, chunk = tile_rows(counts, row_bytes, plan.max_memory)
     shape = counts[0], counts[0] if second is None else counts[1]
+    held += kernel_bytes(shape, plan, 8 + itemsize) + sum(b.graph_bytes for b in (first, second) if b is not None)
+    tile, chunk = tile_rows(counts, row_bytes, plan.max_memory, held)
     steps = list(_tile_pairs(shape, tile, symmetric=second is None))
     units = range(o) if plan.reduce == "trace" else range(1)
     on_rows = _counter(plan, len(units) * _rows_to_compute(steps, symmetric=second is None))
@@ -264,10 +268,21 @@ def contract(
             columns = rows if right is left and a == b else right.rows(b.start, b.stop, unit)
             _accumulate(kernels, plan, (rows, columns), (a, b), mirror=right is left)
     scale = 1.0 / o if plan.reduce == "trace" else 1.0
-    return {group: _shape(kernel * scale, plan, o, first.output.dtype) for group, kernel in kernels.items()}
+    return {group: _shape(kernel.mul_(scale), plan, o, first.output.dtype) for group, kernel in kernels.items()}
 
 
-def tile_rows(counts: tuple[int, int], row_bytes: int, max_memory: int | None) -> tuple[int, int]:
+def kernel_bytes(shape: tuple[int, int], plan: Contraction, itemsize: int) -> int:
+    """Bytes of the kernels of all groups.
+
+    Args:
+        shape: Rows and columns.
+        plan: Its groups.
+        itemsize: Bytes of an entry.
+    """
+    return math.prod(shape) * itemsize * len(set(plan.groups.values()))
+
+
+def tile_rows(counts: tuple[int, int], row_bytes: int, max_memory: int | None, held: int = 0) -> tuple[int, int]:
     """How many rows to hold per tile, and how many to compute at once.
 
     At most two tiles and one chunk in flight are held: 2 * tile + chunk rows.
@@ -276,6 +291,7 @@ def tile_rows(counts: tuple[int, int], row_bytes: int, max_memory: int | None) -
         counts: Rows of the first and, 0 if it is the same, of the second Jacobian.
         row_bytes: Bytes of one row.
         max_memory: Bytes allowed, or None for no bound.
+        held: Bytes of them that are not for rows.
 
     Returns:
         Rows per tile and rows per chunk.
@@ -286,14 +302,10 @@ def tile_rows(counts: tuple[int, int], row_bytes: int, max_memory: int | None) -
     longest = max(counts)
     if max_memory is None:
         return longest, MAX_CHUNK
-    capacity = max_memory // max(row_bytes, 1)
+    piece = f"three rows of the Jacobian of {row_bytes} bytes each (a pair, and the one being computed)"
+    capacity = left_to_work_in(max_memory, held, 3 * row_bytes, piece) // max(row_bytes, 1)
     if capacity > sum(counts):
         return longest, min(MAX_CHUNK, capacity - sum(counts))
-    if capacity < 3:
-        raise MemoryBudgetError(
-            f"max_memory must hold three rows of the Jacobian, a pair and the one being computed, of {row_bytes} bytes "
-            f"each; got {max_memory} bytes. max_memory={3 * row_bytes} would do; or take fewer params, or float32."
-        )
     chunk = max(1, min(MAX_CHUNK, capacity // 4))
     return (capacity - chunk) // 2, chunk
 

@@ -10,12 +10,13 @@ from ntk.checks import check_inputs, check_model, describe_mode
 from ntk.contraction import Contraction, contract
 from ntk.errors import MemoryBudgetError, NonFiniteKernelError, UnknownNameError
 from ntk.forward import Evaluation, run_batch
+from ntk.memory import parse_memory
 from ntk.outputs import OutputChoice
 from ntk.parameters import ParameterChoice, select_parameters
 from ntk.projection import Projection, resolve_projection
 from ntk.results import AXES, KernelResult
 from ntk.statistics import Statistics
-from ntk.structured import contract_structured, record
+from ntk.tiles import contract_by_examples
 from ntk.wrappers import measured
 
 REDUCTIONS = ("none", "trace", "sum")
@@ -31,7 +32,7 @@ def empirical_ntk(
     implementation: str = "auto",
     projection: Projection | Mapping[str, Projection] | None = None,
     params: ParameterChoice = None,
-    max_memory: int | None = None,
+    max_memory: int | str | None = None,
     dtype: torch.dtype | None = None,
     progress: bool = False,
     batch_statistics: str = "batch",
@@ -60,7 +61,9 @@ def empirical_ntk(
         params: Parameters the kernel is taken over: None for all that require a gradient, names, or name -> multiplier
             c. Multipliers are per-parameter learning rates: sigma_w**2 / fan_in for a weight drawn with that variance
             gives the NTK parametrization.
-        max_memory: Bytes that the rows of the Jacobian may take; rows are computed again, never approximated.
+        max_memory: Bytes that the work may take beyond the model and its inputs, the kernel included: a number, or a
+            string such as "1GiB". Examples and outputs are taken in tiles, and derivatives computed again, never
+            approximated.
         dtype: torch.float32 or torch.float64 to compute in, on a cast copy; None for the type of the model.
         progress: Report on the standard error stream.
         batch_statistics: What BatchNorm layers in train mode normalize by. "batch": each batch by its own mean and
@@ -91,7 +94,7 @@ def empirical_ntk(
         CheckpointingError: The model recomputes activations in a way that does not see the weights in use.
         OutputShapeError: The output is not [n, o].
         InputMismatchError: x1, x2 and reference are no batches of one kind of example.
-        MemoryBudgetError: max_memory holds not even one pair of rows.
+        MemoryBudgetError: max_memory does not hold the smallest tiles; the message names what would.
     """
     how = Evaluation(dtype, Statistics(batch_statistics, reference), output)
     kernels, convention = _kernels(
@@ -119,7 +122,7 @@ def layerwise_ntk(
     implementation: str = "auto",
     projection: Projection | Mapping[str, Projection] | None = None,
     params: ParameterChoice = None,
-    max_memory: int | None = None,
+    max_memory: int | str | None = None,
     dtype: torch.dtype | None = None,
     progress: bool = False,
     batch_statistics: str = "batch",
@@ -174,7 +177,7 @@ def _kernels(
     implementation: str,
     projection: Projection | Mapping[str, Projection] | None,
     params: ParameterChoice,
-    max_memory: int | None,
+    max_memory: int | str | None,
     evaluation: Evaluation,
     *,
     progress: bool,
@@ -205,7 +208,7 @@ def _kernels(
             multipliers=multipliers,
             projections=projections,
             groups={name: name.rpartition(".")[0] if by_layer else "" for name in multipliers},
-            max_memory=max_memory,
+            max_memory=parse_memory(max_memory),
             report=_report if progress else lambda done, total: None,
         )
         whose = statistics.describe(two_batches=x2 is not None)
@@ -250,7 +253,7 @@ def _contract(
     names = tuple(plan.multipliers)
     if implementation != "jacobian_contraction":
         try:
-            return contract_structured(record(model, inputs, names, evaluation), plan)
+            return contract_by_examples(model, inputs, names, evaluation, plan)
         except MemoryBudgetError:
             if implementation == "structured":
                 raise

@@ -58,7 +58,13 @@ def _spatial(axes: int) -> Condition:
 
 
 def _matmul(output: Tensor, input: object, other: object) -> bool:
-    return isinstance(input, Tensor) and input.ndim > 1 and isinstance(other, Tensor) and other.ndim == 2 and not _varies(other)
+    return (
+        isinstance(input, Tensor)
+        and input.ndim > 1
+        and isinstance(other, Tensor)
+        and other.ndim == 2
+        and not _varies(other)
+    )
 
 
 def _along(output: Tensor, input: Tensor, dim: object = None, *args: object, **kwargs: object) -> bool:
@@ -107,12 +113,16 @@ _BATCH_NORMS = {
     torch.batch_norm: _signature("input weight bias running_mean running_var training momentum eps cudnn_enabled"),
 }
 
-_OPERATORS = "add add_ __add__ __radd__ __iadd__ sub sub_ __sub__ __rsub__ __isub__ mul mul_ __mul__ __rmul__ __imul__".split()
+_OPERATORS = (
+    "add add_ __add__ __radd__ __iadd__ sub sub_ __sub__ __rsub__ __isub__ mul mul_ __mul__ __rmul__ __imul__".split()
+)
 _OPERATORS += "div div_ __truediv__ __itruediv__ maximum minimum".split()
 _UNARY = "relu relu_ tanh tanh_ sigmoid sigmoid_ exp square sqrt abs sin cos erf clamp clamp_min neg pow __pow__ clone".split()
 _UNARY += "contiguous detach".split()
 _RESHAPING = "view reshape flatten unflatten".split()
-_ACTIVATIONS = "relu relu_ gelu silu mish elu elu_ selu celu leaky_relu leaky_relu_ softplus softsign hardtanh relu6".split()
+_ACTIVATIONS = (
+    "relu relu_ gelu silu mish elu elu_ selu celu leaky_relu leaky_relu_ softplus softsign hardtanh relu6".split()
+)
 _ACTIVATIONS += "hardswish hardsigmoid tanhshrink logsigmoid sigmoid tanh dropout".split()
 _POOLS = "avg_pool{} max_pool{} adaptive_avg_pool{} adaptive_max_pool{}".split()
 

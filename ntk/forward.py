@@ -91,12 +91,22 @@ class Batch:
     Attributes:
         output: [n, o], attached to the graph.
         parameters: Name -> leaf tensor in the graph, a copy of that of the model.
-        activation_bytes: Size of the largest output of any module, per forward pass.
+        sizes: Bytes of the output of each module that has no children, in one forward pass.
     """
 
     output: torch.Tensor
     parameters: dict[str, torch.Tensor]
-    activation_bytes: int
+    sizes: list[int]
+
+    @property
+    def activation_bytes(self) -> int:
+        """Size of the largest output of a module."""
+        return max(self.sizes, default=1)
+
+    @property
+    def graph_bytes(self) -> int:
+        """About what the graph of the batch holds: the outputs of all modules."""
+        return sum(self.sizes)
 
 
 def call(
@@ -195,10 +205,34 @@ def run_batch(
         capture.prune(output)
     with torch.enable_grad():  # a model may differentiate inside its forward pass
         constants = {name: value.detach() for name, value in parameters.items()}
-        largest = _check_repeats(model, x, constants, evaluation, argument, output)
+        sizes = _check_repeats(model, x, constants, evaluation, argument, output)
         if moments is not None and len(x) > 1:
             _check_apart(model, x, constants, evaluation, moments, argument, output)
-    return Batch(output, {name: parameters[name] for name in parameters if name in selected}, largest)
+    return Batch(output, {name: parameters[name] for name in parameters if name in selected}, sizes)
+
+
+@contextlib.contextmanager
+def module_outputs(model: torch.nn.Module) -> Generator[list[int], None, None]:
+    """Note what the modules of a model return while it runs.
+
+    Args:
+        model: The network.
+
+    Yields:
+        Bytes of each tensor returned by a module without children, filled as the model runs.
+    """
+    sizes: list[int] = []
+
+    def note(module: torch.nn.Module, inputs: object, output: object) -> None:
+        if isinstance(output, torch.Tensor):
+            sizes.append(output.numel() * output.element_size())
+
+    handles = [module.register_forward_hook(note) for module in model.modules() if not any(module.children())]
+    try:
+        yield sizes
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 _RECOMPUTES = (
@@ -235,25 +269,15 @@ def _check_repeats(
     evaluation: Evaluation,
     argument: str,
     output: torch.Tensor,
-) -> int:
-    """Run once more, and note the size in bytes of the largest module output.
+) -> list[int]:
+    """Run once more, and note the sizes in bytes of the outputs of modules.
 
     Raises:
         NondeterministicModelError: It gave another output.
     """
-    sizes = [1]
-
-    def note(module: torch.nn.Module, inputs: object, output: object) -> None:
-        if isinstance(output, torch.Tensor):
-            sizes.append(output.numel() * output.element_size())
-
-    handles = [module.register_forward_hook(note) for module in model.modules()]
-    try:
+    with module_outputs(model) as sizes:
         moments = evaluation.moments(model, x, parameters, parameters)
         again = as_rows(evaluation.outputs(model, x, parameters, moments, argument), len(x), argument)
-    finally:
-        for handle in handles:
-            handle.remove()
     difference, scale, allowed = _compare(again, output)
     if difference > allowed:
         raise NondeterministicModelError(
@@ -261,7 +285,7 @@ def _check_repeats(
             f"(outputs up to {scale:.3g}): it is random, or it changes itself when called. "
             "Switch functional dropout off, fix its noise, or call .eval() on the module that does it."
         )
-    return max(sizes)
+    return sizes
 
 
 def _check_apart(

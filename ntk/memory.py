@@ -1,8 +1,12 @@
 """What `max_memory` means: a bound on everything that a kernel needs beyond the model and its inputs."""
 
 import re
+from dataclasses import dataclass
 
 from ntk.errors import MemoryBudgetError
+
+TEMPORARY = 0.3
+"""Fraction of the memory left to work in that temporaries may take (chosen, not tuned)."""
 
 _UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 
@@ -51,3 +55,43 @@ def left_to_work_in(max_memory: int, held: int, least: int, piece: str) -> int:
             "another reduce, or float32."
         )
     return max_memory - held
+
+
+@dataclass(frozen=True)
+class Needs:
+    """Bytes that a layer-wise contraction takes.
+
+    Attributes:
+        kernel: The kernels themselves.
+        batch: The graph of the examples, and what is held of them throughout.
+        output: For each output that is differentiated at once.
+        again: For each of them beside, where not all are differentiated at once and two parts of them meet.
+    """
+
+    kernel: int
+    batch: int
+    output: int
+    again: int
+
+    def outputs_at_once(self, max_memory: int, most: int) -> int:
+        """How many outputs to differentiate at once; 0 if one does not fit.
+
+        Args:
+            max_memory: Bytes allowed.
+            most: Outputs that there are.
+        """
+        left = max_memory - self.kernel - self.batch
+        room = int(left * (1 - TEMPORARY))
+        if room >= most * self.output:
+            return most
+        one = self.output + self.again
+        return max(room // one, int(left >= one))
+
+    def entries(self, max_memory: int, itemsize: int = 8) -> int:
+        """Entries that a temporary may have.
+
+        Args:
+            max_memory: Bytes allowed.
+            itemsize: Bytes of an entry.
+        """
+        return max(1, int((max_memory - self.kernel - self.batch) * TEMPORARY) // (3 * itemsize))

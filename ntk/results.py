@@ -253,7 +253,9 @@ def _asymmetry(values: np.ndarray) -> float:
     if values.ndim == 2:
         values = values[:, :, None, None]
     outputs = range(values.shape[2])
-    return max((_largest(values[:, :, a, b] - values[:, :, b, a].T) for a in outputs for b in range(a + 1)), default=0.0)
+    return max(
+        (_largest(values[:, :, a, b] - values[:, :, b, a].T) for a in outputs for b in range(a + 1)), default=0.0
+    )
 
 
 def _one_of(name: str, value: str, admissible: tuple[str, ...]) -> None:

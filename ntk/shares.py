@@ -94,9 +94,18 @@ class Share:
         sizes = [factor.sizes for _, factor in self.uses[side] if isinstance(factor, Product)]
         return sum(math.prod(size[:3]) for size in sizes) * n
 
-    def written_entries(self, n: int) -> int:
-        """Entries of the gradients of one output that cannot be written in parts."""
-        return 0 if self.factored else n * math.prod(self.shape)
+    def temporary_entries(self, n: int, m: int | None = None) -> int:
+        """Entries of what is written for one output of all examples, and cannot be written in parts.
+
+        Args:
+            n: Examples of the first batch.
+            m: Of the second, if there is one.
+        """
+        m = n if m is None else m
+        if not self.factored:
+            return max(n, m) * math.prod(self.shape)
+        g, k, p, _ = self._first.sizes
+        return min(max(n, m) * g * k, m * p * p)
 
     def features(self, k: int) -> int:
         """Entries of a row over the whole batch, with k entries on the side of the input."""

@@ -12,7 +12,7 @@ ntk/contraction.py.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -21,8 +21,9 @@ from torch import Tensor
 
 from ntk.blocks import ENTRIES, Block, add_share, mirror
 from ntk.capture import Capture
-from ntk.contraction import Contraction, Gradients, RowSource, contract, parameter_sources
+from ntk.contraction import Contraction, Gradients, RowSource, contract, kernel_bytes, parameter_sources
 from ntk.forward import Batch, Evaluation, run_batch
+from ntk.memory import Needs
 from ntk.shares import Derivatives, Share, bias_shares, outer, row_spans
 
 WORKING_BYTES = 2**31
@@ -41,7 +42,11 @@ class Recording:
 
 
 def record(
-    model: torch.nn.Module, inputs: Sequence[tuple[str, Tensor]], names: Sequence[str], evaluation: Evaluation
+    model: torch.nn.Module,
+    inputs: Sequence[tuple[str, Tensor]],
+    names: Sequence[str],
+    evaluation: Evaluation,
+    run: Callable[..., Batch] = run_batch,
 ) -> list[Recording]:
     """Run each batch and record the calls that use parameters, all of a parameter's uses or none.
 
@@ -50,13 +55,14 @@ def record(
         inputs: (name of the argument, batch).
         names: Parameters of the kernel.
         evaluation: Type to compute in, statistics and outputs.
+        run: What runs a batch: `run_batch`, or `ntk.sketch.sketch_batch` on shapes alone.
     """
     excluded: set[str] = set()
     while True:
         recordings = []
         for argument, x in inputs:
             capture = Capture(excluded)
-            recordings.append(Recording(run_batch(model, x, names, evaluation, argument, capture), capture))
+            recordings.append(Recording(run(model, x, names, evaluation, argument, capture), capture))
         found = [{factor.name for site in part.capture.sites for factor in site.factors} for part in recordings]
         leaks = set().union(*(part.capture.leaks(part.batch.output) for part in recordings))
         leaks |= found[0] ^ found[-1]
@@ -79,26 +85,32 @@ def contract_structured(
     """
     connected = set().union(*(part.capture.connected(part.batch.output) for part in recordings))
     fallback = tuple(name for name in plan.multipliers if name in connected)
-    shares = _shares(recordings, plan)
+    shares = shares_of(recordings, plan)
     independent = [_independent_sites(part) for part in recordings]
     apart = [
         share
         for share in shares
         if all(flags[site] for flags, uses in zip(independent, share.uses, strict=True) for site, _ in uses)
     ]
-    units = _units_at_once(recordings, apart, plan) if apart else 0
+    rest = [share for share in shares if share not in apart]
+    units = _units_at_once(recordings, apart, plan, _bytes_of_rows(recordings, rest, fallback, plan)) if apart else 0
     if units == 0:
-        apart = []
-    together = [share for share in shares if share not in apart]
+        apart, rest = [], shares
     kernels = _contract_apart(recordings, apart, plan, units) if apart else {}
-    if together or fallback or not apart:
-        for group, values in _contract_rows(recordings, together, fallback, plan).items():
+    if rest or fallback or not apart:
+        held = sum(values.nbytes for values in kernels.values())
+        for group, values in _contract_rows(recordings, rest, fallback, plan, held).items():
             kernels[group] = kernels[group] + values if group in kernels else values
     return kernels, fallback
 
 
-def _shares(recordings: Sequence[Recording], plan: Contraction) -> list[Share]:
-    """The recorded parameters, with the uses of each in each batch."""
+def shares_of(recordings: Sequence[Recording], plan: Contraction) -> list[Share]:
+    """The recorded parameters, with the uses of each in each batch.
+
+    Args:
+        recordings: As in `contract_structured`.
+        plan: As in `contract_structured`.
+    """
     uses: dict[str, tuple[list, ...]] = {}
     for index, part in enumerate(recordings):
         for number, site in enumerate(part.capture.sites):
@@ -119,7 +131,9 @@ def _independent_sites(part: Recording) -> list[bool]:
     if not output.requires_grad:
         return [False] * len(sites)
     coupled = part.capture.coupled
-    found = [number >= coupled and site.shape[:1] > (0,) and site.shape[0] % n == 0 for number, site in enumerate(sites)]
+    found = [
+        number >= coupled and site.shape[:1] > (0,) and site.shape[0] % n == 0 for number, site in enumerate(sites)
+    ]
     tested = [number for number in part.capture.doubtful_sites(output) if found[number]]
     if not tested:
         return found
@@ -141,22 +155,52 @@ def _used(shares: Sequence[Share], side: int) -> list[int]:
     return sorted({site for share in shares for site, _ in share.uses[side]})
 
 
-def _units_at_once(recordings: Sequence[Recording], shares: list[Share], plan: Contraction) -> int:
-    """How many outputs to differentiate at once; 0 if max_memory does not hold one."""
-    size = recordings[0].batch.output.element_size()
-    units = 1 if plan.reduce == "sum" else recordings[0].batch.output.shape[1]
-    derivatives, fixed = 0, 0
+def working_memory(recordings: Sequence[Recording], shares: Sequence[Share], plan: Contraction) -> Needs:
+    """What the shares of parameters take at whose calls examples do not meet.
+
+    Args:
+        recordings: As in `contract_structured`.
+        shares: Of these parameters.
+        plan: As in `contract_structured`.
+    """
+    outputs = [part.batch.output for part in recordings]
+    size, o = outputs[0].element_size(), outputs[0].shape[1] if plan.reduce == "none" else 1
+    counts = [len(output) for output in outputs]
+    derivatives = lefts = 0
     for side, part in enumerate(recordings):
-        n = len(part.batch.output)
         derivatives += sum(math.prod(part.capture.sites[site].shape) for site in _used(shares, side))
-        fixed += max(share.fixed_entries(side, n) for share in shares)
-    derivatives *= 3 - len(recordings)  # chunks of outputs meet each other
-    largest = 4 * max(part.batch.activation_bytes for part in recordings)
-    temporary = max(share.written_entries(len(part.batch.output)) for share in shares for part in recordings)
-    one = size * (derivatives + 2 * temporary) + largest
-    budget = WORKING_BYTES if plan.max_memory is None else plan.max_memory
-    fitting = (budget - size * fixed) // one
-    return max(min(units, fitting), 0 if plan.max_memory is not None else 1)
+        lefts += max(share.fixed_entries(side, counts[side]) for share in shares)
+    temporary = max(share.temporary_entries(*counts) for share in shares)
+    largest = max(part.batch.activation_bytes for part in recordings)
+    return Needs(
+        kernel=kernel_bytes((counts[0] * o, counts[-1] * o), plan, size),
+        batch=sum(part.batch.graph_bytes for part in recordings) + size * lefts,
+        output=size * (derivatives + 2 * temporary) + 2 * largest,
+        again=size * derivatives if plan.reduce == "none" and len(recordings) == 1 else 0,
+    )
+
+
+def _units_at_once(recordings: Sequence[Recording], shares: list[Share], plan: Contraction, reserved: int) -> int:
+    """How many outputs to differentiate at once; 0 if max_memory does not hold one."""
+    units = 1 if plan.reduce == "sum" else recordings[0].batch.output.shape[1]
+    needs = working_memory(recordings, shares, plan)
+    if plan.max_memory is None:
+        return max(1, needs.outputs_at_once(WORKING_BYTES + needs.kernel + needs.batch, units))
+    return needs.outputs_at_once(plan.max_memory - reserved, units)
+
+
+def _bytes_of_rows(
+    recordings: Sequence[Recording], shares: Sequence[Share], fallback: Sequence[str], plan: Contraction
+) -> int:
+    """At least what `_contract_rows` takes beside the activations, to be left for it."""
+    if not (shares or fallback):
+        return 0
+    outputs = [part.batch.output for part in recordings]
+    size, o = outputs[0].element_size(), outputs[0].shape[1] if plan.reduce == "none" else 1
+    features = sum(math.prod(share.shape) for share in shares)
+    features += sum(recordings[0].batch.parameters[name].numel() for name in fallback)
+    sites = sum(math.prod(site.shape) for part in recordings for site in part.capture.sites)
+    return 3 * size * (features + sites) + kernel_bytes((len(outputs[0]) * o, len(outputs[-1]) * o), plan, 8 + size)
 
 
 def _contract_apart(
@@ -171,7 +215,7 @@ def _contract_apart(
     kernels = {group: outputs[0].new_zeros(shape) for group in dict.fromkeys(plan.groups.values())}
     backward = [_Backward(part, _used(shares, side)) for side, part in enumerate(recordings)]
     biases = bias_shares(shares, plan)
-    entries = ENTRIES if plan.max_memory is None else max(1, plan.max_memory // (8 * outputs[0].element_size()))
+    entries = ENTRIES if plan.max_memory is None else working_memory(recordings, shares, plan).entries(plan.max_memory)
     chunks = [slice(start, min(start + units, rows)) for start in range(0, rows, units)]
     for a in chunks:
         first = backward[0](a, plan.reduce)
@@ -243,7 +287,7 @@ def _values(kernel: Tensor, scale: float, sizes: tuple[int, int, int], reduce: s
 
 
 def _contract_rows(
-    recordings: Sequence[Recording], shares: list[Share], fallback: Sequence[str], plan: Contraction
+    recordings: Sequence[Recording], shares: list[Share], fallback: Sequence[str], plan: Contraction, held: int
 ) -> dict[str, np.ndarray]:
     """Shares that need a row of the Jacobian for each output of each example."""
     spans = [row_spans(share) for share in shares]
@@ -255,7 +299,7 @@ def _contract_rows(
             + [_row_source(share, span, side, part) for share, span in zip(shares, spans, strict=True)]
         )
     second = recordings[1].batch if len(recordings) == 2 else None
-    return contract(recordings[0].batch, second, plan, (sources[0], sources[-1] if second is not None else []))
+    return contract(recordings[0].batch, second, plan, (sources[0], sources[-1] if second is not None else []), held)
 
 
 def _row_source(share: Share, bases: list[Tensor] | None, side: int, part: Recording) -> RowSource:

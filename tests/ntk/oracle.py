@@ -3,10 +3,15 @@
 import hashlib
 import io
 import random
+import re
+from collections.abc import Callable
 
 import numpy as np
+import pytest
 import torch
 from torch import nn
+
+from ntk.errors import MemoryBudgetError
 
 
 class TiedTwice(nn.Module):
@@ -104,6 +109,13 @@ def rows(part: torch.Tensor) -> torch.Tensor:
 def kernel(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> torch.Tensor:
     """[n1, n2, o, o] from two Jacobians."""
     return sum(torch.einsum("iap,jbp->ijab", rows(first[k]), rows(second[k])) for k in first)
+
+
+def least_memory(compute: Callable[..., object]) -> int:
+    """Smallest max_memory that is enough, as the error about less than that names it."""
+    with pytest.raises(MemoryBudgetError) as refusal:
+        compute(max_memory=1)
+    return int(re.search(r"max_memory=(\d+) would do", str(refusal.value))[1])
 
 
 def state_hash(model: nn.Module) -> str:

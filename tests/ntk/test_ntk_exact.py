@@ -1,5 +1,7 @@
 """The empirical NTK against a loop of whole-batch gradients."""
 
+from functools import partial
+
 import numpy as np
 import pytest
 import torch
@@ -7,7 +9,7 @@ from torch import nn
 
 import ntk
 from ntk import contraction
-from tests.ntk.oracle import CASES, build, jacobian, kernel, mlp
+from tests.ntk.oracle import CASES, build, jacobian, kernel, least_memory, mlp
 
 RELATIVE = 1e-10
 """Exact identity in float64 (style.md, tolerance policy)."""
@@ -171,9 +173,10 @@ def jacobian_of_all(model: nn.Module, x: torch.Tensor) -> dict[str, torch.Tensor
 def test_tiles_do_not_change_the_kernel(reduce: str, cross: bool, rows: int) -> None:
     model, x1, x2 = build("conv with BatchNorm")
     other = x2 if cross else None
-    budget = 8 * rows * sum(p.numel() for p in model.parameters())
     expected = ntk.empirical_ntk(model, x1, other, reduce=reduce)
-    assert_same(ntk.empirical_ntk(model, x1, other, reduce=reduce, max_memory=budget), expected.values, 1e-13)
+    tiled = partial(ntk.empirical_ntk, model, x1, other, reduce=reduce, implementation="jacobian_contraction")
+    budget = least_memory(tiled) + 8 * (rows - 3) * sum(p.numel() for p in model.parameters())
+    assert_same(tiled(max_memory=budget), expected.values, 1e-13)
 
 
 @pytest.mark.parametrize("counts", [(7, 0), (7, 5), (1, 0), (300, 0)])
@@ -305,8 +308,9 @@ def test_a_single_example_without_batch_statistics() -> None:
 
 def test_progress_counts_every_row(capsys: pytest.CaptureFixture[str]) -> None:
     model, x, _ = build("mlp")
-    budget = 8 * 5 * sum(p.numel() for p in model.parameters())
-    ntk.empirical_ntk(model, x, progress=True, max_memory=budget, implementation="jacobian_contraction")
+    compute = partial(ntk.empirical_ntk, model, x, implementation="jacobian_contraction")
+    budget = least_memory(compute) + 8 * 2 * sum(p.numel() for p in model.parameters())
+    compute(progress=True, max_memory=budget)
     last = capsys.readouterr().err.strip().split("\r")[-1].split()
     assert last[2] == last[4]
     assert int(last[2]) > 10

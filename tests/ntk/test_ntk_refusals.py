@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Callable
+from functools import partial
 
 import pytest
 import torch
@@ -9,7 +10,8 @@ from torch import nn
 
 import ntk
 from ntk import errors
-from tests.ntk.oracle import build, mlp
+from ntk.memory import parse_memory
+from tests.ntk.oracle import build, least_memory, mlp
 
 
 def refused(error: type[Exception], *words: str) -> pytest.RaisesExc:
@@ -224,9 +226,23 @@ def test_dtype(net: nn.Module, x: torch.Tensor) -> None:
 
 def test_memory_budget(net: nn.Module, x: torch.Tensor) -> None:
     row = 8 * sum(p.numel() for p in net.parameters())
-    with refused(errors.MemoryBudgetError, f"of {row} bytes", f"got {3 * row - 1}", f"max_memory={3 * row} would do"):
-        ntk.empirical_ntk(net, x, max_memory=3 * row - 1)
-    ntk.empirical_ntk(net, x, max_memory=3 * row)
+    compute = partial(ntk.empirical_ntk, net, x, implementation="jacobian_contraction")
+    enough = least_memory(compute)
+    assert enough > 3 * row
+    with refused(errors.MemoryBudgetError, f"of {row} bytes", f"got {enough - 1}", f"max_memory={enough} would do"):
+        compute(max_memory=enough - 1)
+    compute(max_memory=enough)
+
+
+@pytest.mark.parametrize(("text", "expected"), [("1GiB", 2**30), ("1.5 MiB", 3 * 2**19), ("20kB", 20_000), ("7", 7)])
+def test_memory_in_words(text: str, expected: int) -> None:
+    assert parse_memory(text) == expected
+
+
+@pytest.mark.parametrize("value", ["much", "-1GiB", 0, -5, 1.5, True])
+def test_memory_that_is_none(net: nn.Module, x: torch.Tensor, value: object) -> None:
+    with refused(ValueError, "max_memory must be a positive number of bytes", f"got {value!r}", "None sets no bound"):
+        ntk.empirical_ntk(net, x, max_memory=value)
 
 
 @pytest.mark.parametrize(

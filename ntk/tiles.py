@@ -1,0 +1,153 @@
+"""A kernel of more examples than memory holds, computed from tiles of them.
+
+Where no example acts on another, the kernel of two tiles is the kernel of the whole restricted to them. Tiles are run
+again for every pair that they belong to.
+"""
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ntk.contraction import Contraction
+from ntk.forward import Evaluation
+from ntk.memory import Needs
+from ntk.sketch import sketch_batch
+from ntk.structured import Recording, contract_structured, record, shares_of, working_memory
+
+FORWARD = 2
+"""Forward passes over a batch: one that records, and one that sees whether the model repeats itself."""
+
+Inputs = Sequence[tuple[str, Tensor]]
+"""(name of the argument, batch), one batch or two."""
+
+
+def contract_by_examples(
+    model: torch.nn.Module, inputs: Inputs, names: Sequence[str], evaluation: Evaluation, plan: Contraction
+) -> tuple[dict[str, np.ndarray], tuple[str, ...]]:
+    """Contract layer by layer, in as few tiles of examples as max_memory admits.
+
+    Args:
+        model: The network.
+        inputs: The batch of the rows of the kernel, and unless it is the same, that of its columns.
+        names: Parameters of the kernel.
+        evaluation: Type to compute in, statistics and outputs.
+        plan: As in `ntk.structured.contract_structured`.
+
+    Returns:
+        As `ntk.structured.contract_structured`.
+    """
+    drawn = None if plan.max_memory is None else sketch(model, inputs, names, evaluation)
+    tiling = None if drawn is None else choose_tiling(drawn, plan)
+    if plan.max_memory is None or tiling is None or tiling.tiles == 1:
+        return contract_structured(record(model, inputs, names, evaluation), plan)
+    counts = len(inputs[0][1]), len(inputs[-1][1])
+    pairs = list(_tile_pairs(counts, tiling.examples, symmetric=len(inputs) == 1))
+    kernels: dict[str, np.ndarray] = {}
+    for number, (rows, columns) in enumerate(pairs):
+        parts = [(inputs[0][0], inputs[0][1][rows])]
+        if len(inputs) == 2 or rows != columns:
+            parts.append((inputs[-1][0], inputs[-1][1][columns]))
+        report = lambda done, total, before=number: plan.report(before * total + done, len(pairs) * total)
+        tiled = replace(plan, report=report, max_memory=plan.max_memory - sum(k.nbytes for k in kernels.values()))
+        for group, values in contract_structured(record(model, parts, names, evaluation), tiled)[0].items():
+            if group not in kernels:
+                kernels[group] = _empty(counts, values)
+            kernels[group][rows, columns] = values
+            if len(inputs) == 1 and rows != columns:
+                kernels[group][columns, rows] = values.transpose((1, 0, 3, 2)[: values.ndim])
+    return kernels, ()
+
+
+def sketch(
+    model: torch.nn.Module, inputs: Inputs, names: Sequence[str], evaluation: Evaluation
+) -> list[Recording] | None:
+    """What the batches would record, without values; None for a model that looks at values.
+
+    Args:
+        model: The network.
+        inputs: One batch or two.
+        names: Parameters of the kernel.
+        evaluation: Type to compute in, statistics and outputs.
+    """
+    try:
+        return record(model, inputs, names, evaluation, sketch_batch)
+    except (RuntimeError, NotImplementedError, AssertionError, TypeError):
+        return None
+
+
+@dataclass(frozen=True)
+class Tiling:
+    """In what portions a kernel is computed.
+
+    Attributes:
+        examples: Of a tile.
+        tiles: Along each axis of the kernel.
+        outputs: Differentiated at once.
+        passes: Forward and backward passes over the whole batch, for all outputs, that this amounts to.
+    """
+
+    examples: int
+    tiles: int
+    outputs: int
+    passes: float
+
+
+def choose_tiling(recordings: Sequence[Recording], plan: Contraction) -> Tiling | None:
+    """The tiling with the fewest passes that fits; all examples at once where examples meet, or may do so.
+
+    Args:
+        recordings: From `sketch`, or real ones.
+        plan: With the memory allowed.
+
+    Returns:
+        None where nothing fits, or where no share is contracted layer by layer.
+    """
+    shares = shares_of(recordings, plan)
+    if not shares:
+        return None
+    most = max(len(part.batch.output) for part in recordings)
+    needs = working_memory(recordings, shares, plan)
+    outputs = 1 if plan.reduce == "sum" else recordings[0].batch.output.shape[1]
+    if plan.max_memory is None:
+        return Tiling(most, 1, outputs, outputs + FORWARD)
+    found = []
+    divisible = all(_apart(part) for part in recordings)
+    for tiles in (2**power for power in range(most.bit_length() + 1 if divisible else 1)):
+        size = math.ceil(most / tiles)
+        # A Gram matrix has tiles of two batches too.
+        share = size / most * (1 if tiles == 1 else 3 - len(recordings))
+        parted = Needs(needs.kernel, *(int(count * share) for count in (needs.batch, needs.output, needs.again)))
+        if units := parted.outputs_at_once(plan.max_memory, outputs):
+            again = 1 if units == outputs or plan.reduce != "none" else (math.ceil(outputs / units) + 1) / 2
+            found.append(Tiling(size, math.ceil(most / size), units, _times(tiles) * (FORWARD + outputs * again)))
+    return min(found, key=lambda tiling: tiling.passes, default=None)
+
+
+def _times(tiles: int) -> int:
+    """How often each example is run."""
+    return tiles + 1 if tiles > 1 else 1
+
+
+def _apart(part: Recording) -> bool:
+    """Whether it is known, without a test, that no example acts on another on the way to the output."""
+    output, capture = part.batch.output, part.capture
+    certain = capture.coupled == 0 and not capture.doubtful_sites(output) and not capture.connected(output)
+    return certain and all(site.shape[:1] == output.shape[:1] for site in capture.sites)
+
+
+def _tile_pairs(counts: tuple[int, int], size: int, *, symmetric: bool) -> Iterator[tuple[slice, slice]]:
+    """Pairs of ranges of examples; for a Gram matrix its lower triangle."""
+    rows, columns = ([slice(a, min(a + size, n)) for a in range(0, n, size)] for n in counts)
+    return ((a, b) for a in rows for b in columns if not symmetric or b.start <= a.start)
+
+
+def _empty(counts: tuple[int, int], values: np.ndarray) -> np.ndarray:
+    """[n, m, ...], laid out as contractions lay kernels out: with the outputs first."""
+    if values.ndim == 2:
+        return np.empty(counts, values.dtype)
+    o = values.shape[2]
+    return np.empty((o, counts[0], o, counts[1]), values.dtype).transpose(1, 3, 0, 2)
