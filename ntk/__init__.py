@@ -8,6 +8,7 @@ from ntk.estimators import Estimate, SpectralDensity, estimate_trace, spectral_d
 from ntk.linearized import LinearizedModel, linearize
 from ntk.nngp import empirical_nngp
 from ntk.operator import NtkOperator
+from ntk.planning import Plan, plan
 from ntk.projection import center_rows
 from ntk.results import KernelResult
 from ntk.spectrum import Spectrum, spectrum
@@ -19,6 +20,7 @@ __all__ = [
     "KernelResult",
     "LinearizedModel",
     "NtkOperator",
+    "Plan",
     "Slope",
     "SpectralDensity",
     "Spectrum",
@@ -29,6 +31,7 @@ __all__ = [
     "estimate_trace",
     "layerwise_ntk",
     "linearize",
+    "plan",
     "preserve_state",
     "spectral_density",
     "spectrum",

@@ -100,9 +100,10 @@ def add_share(
             return True
         if way == "outer":
             break
-        separated = [separate(right) for right in rights[: 2 - block.lower]]
-        if None not in separated:
-            _add_separable(block, lefts, (separated[0], separated[-1]), multipliers[0])
+        first = separate(rights[0])
+        second = first if block.lower or first is None else separate(rights[1])
+        if first is not None and second is not None:
+            _add_separable(block, lefts, (first, second), multipliers[0])
             return False
     _add_outer(block, lefts, rights, multipliers[0])
     return False

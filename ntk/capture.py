@@ -197,7 +197,7 @@ def _run(func: Callable, args: Sequence, kwargs: dict) -> Any:
 
 
 def _may_carry_gradients(output: object) -> bool:
-    """Whether what a call returns or changes may depend on parameters; a call that returns nothing changes something."""
+    """Whether what a call returns may depend on parameters; a call that returns nothing has changed something."""
     leaves = tree_leaves(output)
     return output is None or any(isinstance(leaf, torch.Tensor) and leaf.requires_grad for leaf in leaves)
 

@@ -224,7 +224,7 @@ def contract(
     second: Batch | None,
     plan: Contraction,
     sources: tuple[list[RowSource], list[RowSource]] | None = None,
-    held: int = 0,
+    taken: int = 0,
 ) -> dict[str, np.ndarray]:
     """Contract the Jacobians of two batches, or of one with itself.
 
@@ -235,7 +235,7 @@ def contract(
         second: The batch of its columns, n2 examples, or None for the first one.
         plan: Reduction, multipliers, projections, groups and memory.
         sources: Of the rows of either batch; None for the gradients by its parameters.
-        held: Bytes of `max_memory` that are taken already.
+        taken: Bytes of `max_memory` that are spoken for already.
 
     Returns:
         Group -> kernel in the dtype of the model: [n1, n2, o, o] for reduce="none", else [n1, n2].
@@ -248,8 +248,8 @@ def contract(
     per_example = o if plan.reduce == "none" else 1
     counts = n * per_example, 0 if second is None else second.output.shape[0] * per_example
     shape = counts[0], counts[0] if second is None else counts[1]
-    held += kernel_bytes(shape, plan, 8 + itemsize) + sum(b.graph_bytes for b in (first, second) if b is not None)
-    tile, chunk = tile_rows(counts, row_bytes, plan.max_memory, held)
+    taken += kernel_bytes(shape, plan, 8 + itemsize) + sum(b.graph_bytes for b in (first, second) if b is not None)
+    tile, chunk = tile_rows(counts, row_bytes, plan.max_memory, taken)
     steps = list(_tile_pairs(shape, tile, symmetric=second is None))
     units = range(o) if plan.reduce == "trace" else range(1)
     on_rows = _counter(plan, len(units) * _rows_to_compute(steps, symmetric=second is None))

@@ -1,7 +1,7 @@
 """Convolution in channels-last memory, with a backward pass for its input alone.
 
-On a CPU the derivative of a convolution by its input takes half the time in this layout, and no copies of the input. The
-values differ from those of the model's own layout by rounding.
+On a CPU the derivative of a convolution by its input takes half the time in this layout, and no copies of the input.
+The values differ from those of the model's own layout by rounding.
 """
 
 from collections.abc import Callable, Sequence

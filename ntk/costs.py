@@ -27,6 +27,7 @@ def factored(
     *,
     paired: bool,
     lower: bool,
+    elementwise: float = ELEMENTWISE,
 ) -> dict[str, float]:
     """Each way to add the share of a weight whose gradient is a sum of outer products.
 
@@ -36,6 +37,7 @@ def factored(
         examples: (n, m)
         paired: Whether only equal outputs meet.
         lower: Whether one triangle is enough.
+        elementwise: What one elementwise operation counts; 0 to count products alone.
 
     Returns:
         "positions", over pairs of positions; "outer", with the gradients written out; "separable", with those of one
@@ -43,7 +45,7 @@ def factored(
     """
     (g, k, q, p, p2), (u, v), (n, m) = sizes, outputs, examples
     pairs = pairs_of_rows(outputs, examples, paired=paired, lower=lower)
-    elementwise = ELEMENTWISE * (n * m if paired else pairs) * p * p2 * g
+    elementwise *= (n * m if paired else pairs) * p * p2 * g
     units = u if paired else u * v
     return {
         "positions": n * m * p * p2 * g * k + pairs * p * p2 * g * q + elementwise,

@@ -113,18 +113,19 @@ _BATCH_NORMS = {
     torch.batch_norm: _signature("input weight bias running_mean running_var training momentum eps cudnn_enabled"),
 }
 
-_OPERATORS = (
-    "add add_ __add__ __radd__ __iadd__ sub sub_ __sub__ __rsub__ __isub__ mul mul_ __mul__ __rmul__ __imul__".split()
-)
-_OPERATORS += "div div_ __truediv__ __itruediv__ maximum minimum".split()
-_UNARY = "relu relu_ tanh tanh_ sigmoid sigmoid_ exp square sqrt abs sin cos erf clamp clamp_min neg pow __pow__ clone".split()
-_UNARY += "contiguous detach".split()
-_RESHAPING = "view reshape flatten unflatten".split()
-_ACTIVATIONS = (
-    "relu relu_ gelu silu mish elu elu_ selu celu leaky_relu leaky_relu_ softplus softsign hardtanh relu6".split()
-)
-_ACTIVATIONS += "hardswish hardsigmoid tanhshrink logsigmoid sigmoid tanh dropout".split()
-_POOLS = "avg_pool{} max_pool{} adaptive_avg_pool{} adaptive_max_pool{}".split()
+_OPERATORS = [
+    *(f"__{prefix}{name}__" for name in ("add", "sub", "mul", "truediv") for prefix in ("", "r", "i")),
+    *(f"{name}{suffix}" for name in ("add", "sub", "mul", "div") for suffix in ("", "_")),
+    "maximum",
+    "minimum",
+]
+_UNARY = ["abs", "clamp", "clamp_min", "clone", "contiguous", "cos", "detach", "erf", "exp", "neg", "pow", "__pow__"]
+_UNARY += ["relu", "relu_", "sigmoid", "sigmoid_", "sin", "sqrt", "square", "tanh", "tanh_"]
+_RESHAPING = ["view", "reshape", "flatten", "unflatten"]
+_ACTIVATIONS = ["celu", "dropout", "elu", "elu_", "gelu", "hardsigmoid", "hardswish", "hardtanh", "leaky_relu"]
+_ACTIVATIONS += ["leaky_relu_", "logsigmoid", "mish", "relu", "relu6", "relu_", "selu", "sigmoid", "silu", "softplus"]
+_ACTIVATIONS += ["softsign", "tanh", "tanhshrink"]
+_POOLS = ["avg_pool{}d", "max_pool{}d", "adaptive_avg_pool{}d", "adaptive_max_pool{}d"]
 
 
 def _named(names: Sequence[str], *owners: object) -> list[Callable]:
@@ -137,7 +138,7 @@ _CONDITIONS: dict[Callable, Condition] = {
     **dict.fromkeys(_named(_ACTIVATIONS, F), _elementwise),
     **dict.fromkeys(_named(_RESHAPING, torch, Tensor), _leading_axis),
     **dict.fromkeys(_named(["mean", "sum", "amax", "softmax"], torch, Tensor), _along),
-    **{pool: _spatial(axes) for axes in (1, 2, 3) for pool in _named([p.format(f"{axes}d") for p in _POOLS], F)},
+    **{pool: _spatial(axes) for axes in (1, 2, 3) for pool in _named([name.format(axes) for name in _POOLS], F)},
     torch.conv1d: _spatial(1),
     torch.conv2d: _spatial(2),
     torch.conv3d: _spatial(3),

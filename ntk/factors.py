@@ -29,7 +29,7 @@ class Product:
         sizes: (g, K, P, Q).
         derivative_first: Whether the axes of the parameter are (g Q, K), as in a linear layer, or (g K, Q).
         tokens: Of an embedding, else None.
-        order: Of a convolution, where each of the K entries of the parameter stands on the side of the input; else None.
+        order: Of a convolution, where the K entries of the parameter stand on the side of the input; else None.
     """
 
     name: str

@@ -107,6 +107,15 @@ class Share:
         g, k, p, _ = self._first.sizes
         return min(max(n, m) * g * k, m * p * p)
 
+    def total_sizes(self, side: int) -> tuple[int, int, int, int]:
+        """(g, K, P, Q) of all uses in one batch, one after the other.
+
+        Args:
+            side: Number of the batch.
+        """
+        g, k, _, q = self._first.sizes
+        return g, k, sum(factor.sizes[2] for _, factor in self.uses[side] if isinstance(factor, Product)), q
+
     def features(self, k: int) -> int:
         """Entries of a row over the whole batch, with k entries on the side of the input."""
         return self._first.sizes[0] * k * self._first.sizes[3]

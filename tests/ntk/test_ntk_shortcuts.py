@@ -1,0 +1,200 @@
+"""What the layer-wise route saves itself: tests of independence, copies of layouts, gradients that are multiples."""
+
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import ntk
+from ntk import blocks
+from ntk.capture import Capture
+from ntk.convolution import convolve
+from ntk.forward import Evaluation
+from ntk.separable import separate
+from ntk.structured import record
+from tests.ntk.modules import Apply
+from tests.ntk.oracle import jacobian, kernel
+
+
+def pooled(read_out: Callable[[int], nn.Module]) -> nn.Module:
+    torch.manual_seed(0)
+    convolutions = [nn.Conv2d(3, 8, 3, stride=2), nn.ReLU(), nn.Conv2d(8, 12, 3, groups=2), nn.ReLU()]
+    return nn.Sequential(*convolutions, read_out(12)).double()
+
+
+def averaged(channels: int) -> nn.Module:
+    return nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(channels, 7))
+
+
+def flattened(channels: int) -> nn.Module:
+    return nn.Sequential(nn.Flatten(), nn.Linear(channels * 9, 7))
+
+
+@pytest.fixture
+def sums(monkeypatch: pytest.MonkeyPatch) -> list[object]:
+    """Calls of the separable form."""
+    made: list[object] = []
+    add = blocks._add_separable
+    monkeypatch.setattr(blocks, "_add_separable", lambda *given: (made.append(given), add(*given))[1])
+    return made
+
+
+@pytest.mark.parametrize("reduce", ["none", "trace"])
+@pytest.mark.parametrize("cross", [False, True])
+def test_behind_global_pooling_gradients_of_outputs_are_multiples(reduce: str, cross: bool, sums: list[object]) -> None:
+    model = pooled(averaged)
+    x1, x2 = torch.randn(6, 3, 12, 12).double(), torch.randn(5, 3, 12, 12).double()
+    first, second = jacobian(model, x1), jacobian(model, x2)
+    expected = kernel(first, second if cross else first)
+    expected = expected.diagonal(dim1=2, dim2=3).mean(-1) if reduce == "trace" else expected
+    result = ntk.empirical_ntk(model, x1, x2 if cross else None, reduce=reduce)
+    np.testing.assert_allclose(result.values, expected.numpy(), rtol=0, atol=1e-10 * float(expected.abs().max()))
+    assert sums
+
+
+def test_behind_a_read_out_of_positions_they_are_not(sums: list[object]) -> None:
+    model, x = pooled(flattened), torch.randn(6, 3, 12, 12).double()
+    rows = jacobian(model, x)
+    np.testing.assert_allclose(ntk.empirical_ntk(model, x).values, kernel(rows, rows).numpy(), rtol=0, atol=1e-10)
+    assert not sums
+
+
+def test_factors_are_found_and_multiply_back() -> None:
+    generator = torch.Generator().manual_seed(0)
+    draw = lambda *size: torch.randn(*size, generator=generator, dtype=torch.float64)
+    units, values = draw(4, 2, 3), draw(5, 2, 3, 6)
+    units[:, 1, 1] = 0.0
+    values[:, 0, 2] = 0.0
+    derivatives = units[:, None, :, :, None] * values
+    found = separate(derivatives)
+    torch.testing.assert_close(found[0][:, None, :, :, None] * found[1], derivatives, rtol=1e-13, atol=1e-14)
+
+
+@pytest.mark.parametrize("example", [0, 4])
+def test_one_entry_that_does_not_fit_is_seen(example: int) -> None:
+    generator = torch.Generator().manual_seed(0)
+    draw = lambda *size: torch.randn(*size, generator=generator, dtype=torch.float64)
+    derivatives = draw(4, 1, 2, 3, 1) * draw(5, 2, 3, 6)
+    derivatives[2, example, 1, 1, 5] *= 1 + 1e-12
+    assert separate(derivatives) is None
+
+
+@pytest.mark.parametrize(
+    ("function", "shape", "weight", "options"),
+    [
+        (torch.conv2d, (4, 6, 9, 8), (4, 3, 3, 2), {"stride": 2, "padding": (1, 0), "groups": 2}),
+        (torch.conv2d, (4, 3, 9, 8), (5, 3, 3, 3), {"dilation": (2, 1), "padding": 2}),
+        (torch.conv2d, (4, 3, 9, 8), (5, 3, 3, 3), {"padding": "same"}),
+        (torch.conv2d, (3, 9, 8), (5, 3, 3, 3), {}),
+        (torch.conv3d, (2, 3, 5, 6, 7), (4, 3, 2, 3, 1), {"stride": (2, 1, 3), "padding": (1, 0, 0)}),
+    ],
+    ids=["strided groups", "dilated", "same", "unbatched", "3d"],
+)
+def test_convolution_and_its_derivative(
+    function: Callable, shape: tuple[int, ...], weight: tuple[int, ...], options: dict
+) -> None:
+    """Against torch's own in float64, to what float32 explains."""
+    x, w = torch.randn(shape), torch.randn(weight)
+    bias = torch.randn(len(w))
+    results = []
+    for call, dtype in (
+        (lambda *given, **rest: convolve(function, *given, **rest), torch.float32),
+        (function, torch.float64),
+    ):
+        input = x.to(dtype).requires_grad_()
+        output = call(input, w.to(dtype), bias.to(dtype), **options)
+        seed = torch.linspace(-1, 1, output.numel(), dtype=dtype).reshape(output.shape)
+        results.append((output.detach().double(), torch.autograd.grad(output, input, seed)[0].double()))
+    for ours, expected in zip(*results, strict=True):
+        assert float((ours - expected).abs().max()) < 64 * torch.finfo(torch.float32).eps * float(expected.abs().max())
+
+
+def conv_then(function: Callable[[Tensor], Tensor]) -> nn.Module:
+    torch.manual_seed(1)
+    return Apply(lambda s, x: s.head(function(s.conv(x))), conv=nn.Conv2d(3, 4, 3), head=nn.LazyLinear(2))
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda h: h.view(len(h), -1),
+        lambda h: h.relu_().view(len(h), -1),
+        lambda h: h.as_strided((len(h), 16), (64, 2)),
+        lambda h: h.mul(2).view_as(torch.empty(len(h), 4 * 4 * 4)),
+    ],
+    ids=["view", "in place", "as_strided", "view_as"],
+)
+def test_models_that_see_the_layout(function: Callable[[Tensor], Tensor]) -> None:
+    """In float32, where convolutions are run channels-last."""
+    model, x = conv_then(function), torch.randn(5, 3, 6, 6)
+    model(x)
+    twin = conv_then(function)
+    twin(x)
+    twin.load_state_dict(model.state_dict())
+    twin.double()
+    rows = jacobian(twin, x.double())
+    expected = kernel(rows, rows).numpy()
+    assert np.abs(ntk.empirical_ntk(model, x).values - expected).max() < 1e-5 * np.abs(expected).max()
+
+
+MEET = {
+    "mean over the batch": lambda h: h - h.mean(0),
+    "softmax over the batch": lambda h: h.softmax(0),
+    "transposed": lambda h: (h @ h.T) @ h,
+    "sum over all": lambda h: h * h.sum(),
+    "rolled": lambda h: h.roll(1, 0),
+    "batch norm": lambda h: F.batch_norm(h, None, None, training=True),
+    "weights made of examples": lambda h: F.linear(h, h[:6]),
+    "in place": lambda h: h.index_add(0, torch.tensor([0]), h[1:2]),
+}
+
+APART = {
+    "relu": torch.relu,
+    "residual": lambda h: h + 0.5 * h.tanh(),
+    "layer norm": lambda h: F.layer_norm(h, (6,)),
+    "reshaped": lambda h: h.view(-1, 2, 3).flatten(1),
+    "mean over features": lambda h: h - h.mean(1, keepdim=True),
+    "pooled": lambda h: F.avg_pool1d(h.view(-1, 2, 3), 1).flatten(1),
+}
+
+
+def doubtful(function: Callable[[Tensor], Tensor]) -> tuple[int, int]:
+    """How many calls before a function are known to be coupled by it, and how many must be tested."""
+    torch.manual_seed(0)
+    model = Apply(lambda s, x: s.head(function(s.first(x))), first=nn.Linear(4, 6), head=nn.Linear(6, 2)).double()
+    (part,) = record(
+        model, [("x1", torch.randn(7, 4).double())], [name for name, _ in model.named_parameters()], Evaluation()
+    )
+    capture: Capture = part.capture
+    return capture.coupled, len(capture.doubtful_sites(part.batch.output))
+
+
+@pytest.mark.parametrize("name", MEET)
+def test_calls_where_examples_may_meet_are_not_taken_on_trust(name: str) -> None:
+    assert doubtful(MEET[name]) in ((1, 0), (0, 1))
+
+
+@pytest.mark.parametrize("name", APART)
+def test_calls_that_keep_examples_apart_need_no_test(name: str) -> None:
+    assert doubtful(APART[name]) == (0, 0)
+
+
+def test_a_function_that_torch_does_not_see_is_not_taken_on_trust() -> None:
+    class Mean(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: object, h: Tensor) -> Tensor:
+            return h - h.mean(0)
+
+        @staticmethod
+        def backward(ctx: object, gradient: Tensor) -> Tensor:
+            return gradient - gradient.mean(0)
+
+    assert doubtful(Mean.apply) == (0, 2)
+    torch.manual_seed(0)
+    model = Apply(lambda s, x: s.head(Mean.apply(s.first(x))), first=nn.Linear(4, 6), head=nn.Linear(6, 2)).double()
+    x = torch.randn(5, 4).double()
+    rows = jacobian(model, x)
+    np.testing.assert_allclose(ntk.empirical_ntk(model, x).values, kernel(rows, rows).numpy(), rtol=0, atol=1e-12)
