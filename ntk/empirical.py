@@ -17,10 +17,11 @@ from ntk.projection import Projection, resolve_projection
 from ntk.results import AXES, KernelResult
 from ntk.statistics import Statistics
 from ntk.tiles import contract_by_examples
+from ntk.vector_products import contract_products
 from ntk.wrappers import measured
 
 REDUCTIONS = ("none", "trace", "sum")
-IMPLEMENTATIONS = ("auto", "structured", "jacobian_contraction")
+IMPLEMENTATIONS = ("auto", "structured", "jacobian_contraction", "ntk_vector_products")
 
 
 def empirical_ntk(
@@ -54,8 +55,9 @@ def empirical_ntk(
         reduce: "none"; "trace", the mean over outputs of the diagonal (the default of neural-tangents); or "sum", the
             kernel of the summed output. Each is computed directly.
         implementation: "structured", by layers, with the Jacobian of those parameters that no rule knows (`by_jacobian`
-            of the result names them); or "jacobian_contraction" for all. Both are exact. "auto" is the former, unless
-            only the latter keeps within max_memory.
+            of the result names them); "jacobian_contraction" for all; or "ntk_vector_products", a column at a time by a
+            pair of products, with no Jacobian. All are exact. "auto" is the first, unless only the second keeps within
+            max_memory.
         projection: Linear map of a weight, such as `ntk.center_rows`, applied to the rows of every parameter of two or
             more axes; or parameter name -> map.
         params: Parameters the kernel is taken over: None for all that require a gradient, names, or name -> multiplier
@@ -95,6 +97,7 @@ def empirical_ntk(
         OutputShapeError: The output is not [n, o].
         InputMismatchError: x1, x2 and reference are no batches of one kind of example.
         MemoryBudgetError: max_memory does not hold the smallest tiles; the message names what would.
+        NoJacobianProductError: "ntk_vector_products" of a model with an operation that has no rule for J w.
     """
     how = Evaluation(dtype, Statistics(batch_statistics, reference), output)
     kernels, convention = _kernels(
@@ -213,7 +216,7 @@ def _kernels(
         )
         whose = statistics.describe(two_batches=x2 is not None)
         mode, entering = describe_mode(plain, two_batches=x2 is not None, statistics=whose)
-        kernels, by_jacobian = _contract(plain, inputs, evaluation, implementation, plan)
+        kernels, by_jacobian, route = _contract(plain, inputs, evaluation, implementation, plan)
     for name, values in kernels.items():
         values.setflags(write=False)
         if not np.isfinite((values.min(), values.max())).all():
@@ -232,6 +235,7 @@ def _kernels(
         "projection": projection_name,
         "statistics": entering,
         "by_jacobian": by_jacobian,
+        "implementation": route,
         "notes": notes,
         "versions": {"torch": torch.__version__, "numpy": np.__version__},
     }
@@ -244,21 +248,23 @@ def _contract(
     evaluation: Evaluation,
     implementation: str,
     plan: Contraction,
-) -> tuple[dict[str, np.ndarray], tuple[str, ...]]:
-    """Kernel of each group, and the parameters that went through the Jacobian; "auto" where memory says so, all.
+) -> tuple[dict[str, np.ndarray], tuple[str, ...], str]:
+    """Kernel of each group, the parameters that went through the Jacobian ("auto" where memory says so, all), and how.
 
     Raises:
         MemoryBudgetError: max_memory does not hold what must be held.
     """
+    if implementation == "ntk_vector_products":
+        return contract_products(model, inputs, evaluation, plan), (), implementation
     names = tuple(plan.multipliers)
     if implementation != "jacobian_contraction":
         try:
-            return contract_by_examples(model, inputs, names, evaluation, plan)
+            return *contract_by_examples(model, inputs, names, evaluation, plan), "structured"
         except MemoryBudgetError:
             if implementation == "structured":
                 raise
     batches = [run_batch(model, x, names, evaluation, argument) for argument, x in inputs]
-    return contract(batches[0], batches[1] if len(batches) == 2 else None, plan), names
+    return contract(batches[0], batches[1] if len(batches) == 2 else None, plan), names, "jacobian_contraction"
 
 
 def _report(done: int, total: int) -> None:

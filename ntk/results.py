@@ -44,6 +44,7 @@ class KernelResult:
         standard_error: Of each value if they are a Monte-Carlo average, else None.
         seed: Of a Monte-Carlo average, else None.
         by_jacobian: Parameters whose share was contracted from their Jacobian, or None if that was no choice.
+        implementation: "structured", "jacobian_contraction" or "ntk_vector_products"; None where there was no choice.
         notes: What was done to the model beyond running it, such as taking torch.compile off.
         versions: Package -> version that computed it.
 
@@ -65,6 +66,7 @@ class KernelResult:
     standard_error: np.ndarray | None = None
     seed: int | None = None
     by_jacobian: tuple[str, ...] | None = None
+    implementation: str | None = None
     notes: tuple[str, ...] = ()
     versions: Mapping[str, str] = field(default_factory=dict)
 
@@ -170,7 +172,7 @@ class KernelResult:
         variables = {"kernel": (dims, self.values)}
         if self.standard_error is not None:
             variables["standard_error"] = (dims, self.standard_error)
-        names = ("kind", "reduce", "mode", "parametrization", "projection", "statistics", "layer")
+        names = ("kind", "reduce", "mode", "parametrization", "projection", "statistics", "layer", "implementation")
         attributes: dict[str, Any] = {name: getattr(self, name) or "" for name in names}
         attributes["symmetric"] = int(self.symmetric)
         attributes["multipliers"] = "; ".join(f"{name}: {value!r}" for name, value in self.multipliers or ())
@@ -202,6 +204,7 @@ class KernelResult:
             values=self.values + sign * other.values,
             symmetric=self.symmetric and other.symmetric,
             layer=self.layer if self.layer == other.layer else None,
+            implementation=self.implementation if self.implementation == other.implementation else None,
         )
 
     def __add__(self, other: object) -> "KernelResult":
