@@ -107,6 +107,29 @@ def test_a_parameter_that_one_batch_alone_uses() -> None:
         assert not shares["often"].values.any()
 
 
+def test_a_module_under_two_names() -> None:
+    class Shared(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first = nn.Linear(3, 3)
+            self.again = self.first
+            self.head = nn.Linear(3, 2)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.head(torch.tanh(self.again(torch.tanh(self.first(x)))))
+
+    torch.manual_seed(0)
+    model, x = Shared().double(), torch.randn(4, 3).double()
+    part = jacobian(model, x)
+    before = state_hash(model)
+    found = ntk.empirical_ntk(model, x, implementation=ROUTE)
+    assert relative(found.values, kernel(part, part).numpy()) < 1e-10
+    assert relative(ntk.NtkOperator(model, x) @ np.eye(8), flat(kernel(part, part))) < 1e-10
+    assert torch.allclose(ntk.linearize(model)(x), model(x), rtol=1e-12)
+    assert state_hash(model) == before
+    assert isinstance(model.again.weight, nn.Parameter)
+
+
 def test_memory_bounds_the_vectors_at_once() -> None:
     model, x, _ = build("conv with BatchNorm")
     expected = ntk.empirical_ntk(model, x).values
