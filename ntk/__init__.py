@@ -10,6 +10,7 @@ from ntk.nngp import empirical_nngp
 from ntk.operator import NtkOperator
 from ntk.planning import Plan, plan
 from ntk.projection import center_rows
+from ntk.regression import Prediction, predict
 from ntk.results import KernelResult
 from ntk.spectrum import Spectrum, spectrum
 from ntk.state import preserve_state
@@ -21,6 +22,7 @@ __all__ = [
     "LinearizedModel",
     "NtkOperator",
     "Plan",
+    "Prediction",
     "Slope",
     "SpectralDensity",
     "Spectrum",
@@ -32,6 +34,7 @@ __all__ = [
     "layerwise_ntk",
     "linearize",
     "plan",
+    "predict",
     "preserve_state",
     "spectral_density",
     "spectrum",
