@@ -3,6 +3,7 @@
 import importlib
 from types import ModuleType
 
+from ntk.drift import NtkDrift, NtkTracker
 from ntk.empirical import empirical_ntk, layerwise_ntk
 from ntk.estimators import Estimate, SpectralDensity, estimate_trace, spectral_density
 from ntk.linearized import LinearizedModel, linearize
@@ -20,8 +21,10 @@ __all__ = [
     "Estimate",
     "KernelResult",
     "LinearizedModel",
+    "NtkDrift",
     "NtkOperator",
     "Plan",
+    "NtkTracker",
     "Prediction",
     "Slope",
     "SpectralDensity",

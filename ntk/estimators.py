@@ -12,14 +12,18 @@ from itertools import islice
 from typing import Any, NamedTuple
 
 import numpy as np
+import scipy.linalg
 from scipy.sparse.linalg import LinearOperator, aslinearoperator
 
 from ntk.display import figure_svg, html_figure
-from ntk.errors import AsymmetricKernelError
+from ntk.errors import AsymmetricKernelError, UnknownNameError
 from ntk.lanczos import lanczos
 from ntk.operator import NtkOperator
 from ntk.results import KernelResult
 from ntk.spectrum import float_dtype
+
+METHODS = {"hutch++": 3, "xtrace": 2}
+"""Ways to estimate a trace, and into how many parts they divide the products."""
 
 
 class Estimate(NamedTuple):
@@ -34,36 +38,96 @@ class Estimate(NamedTuple):
     standard_error: float
 
 
-def estimate_trace(kernel: Any, *, products: int = 96, seed: int = 0) -> Estimate:
-    """Trace of a positive semi-definite kernel by Hutch++.
+def estimate_trace(kernel: Any, *, products: int = 96, method: str = "hutch++", seed: int = 0) -> Estimate:
+    """Trace of a positive semi-definite kernel from products with random vectors.
 
-    A third of the products spans a basis Q of what is large in Θ, a third gives tr QᵀΘQ exactly, and a third estimates
-    the trace of the rest, (I − QQᵀ) Θ (I − QQᵀ), without bias. The standard error is that of the last part: given Q,
-    its samples are independent. Source: R. A. Meyer, C. Musco, C. Musco and D. P. Woodruff, "Hutch++: optimal
+    "hutch++": a third of the products spans a basis Q of what is large in Θ, a third gives tr QᵀΘQ exactly, and a third
+    estimates the trace of the rest, (I − QQᵀ) Θ (I − QQᵀ), without bias. The standard error is that of the last part:
+    given Q, its samples are independent. Source: R. A. Meyer, C. Musco, C. Musco and D. P. Woodruff, "Hutch++: optimal
     stochastic trace estimation", SOSA 2021, arXiv 2010.09649, algorithm 1.
+
+    "xtrace": half of the products with vectors ω_i, half with the basis of their images. Each ω_i estimates the rest
+    that a basis from all other vectors leaves, so that every vector serves both ends; where eigenvalues fall fast it is
+    the sharper one. No bias either. The scatter of these estimates, which the source reports, is too small, as they are
+    correlated; the standard error is a jackknife over the vectors, which on average is not too small (B. Efron and C.
+    Stein, Ann. Statist. 9 (1981)) and may be twice as large as it need be. Source: E. N. Epperly, J. A. Tropp and R. J.
+    Webber, "XTrace: making the most of every sample in stochastic trace estimation", SIAM J. Matrix Anal. Appl. 45
+    (2024), arXiv 2301.07825.
 
     Args:
         kernel: A `LinearOperator`, `KernelResult` of one batch, or array [n, n].
-        products: Products with the kernel that may be spent, 6 at least; a kernel with no more rows than a third of
+        products: Products with the kernel that may be spent, 6 at least; a kernel with no more rows than one part of
             them is summed exactly.
+        method: "hutch++" or "xtrace".
         seed: Of the random vectors.
 
     Raises:
+        UnknownNameError: method does not exist.
         ValueError: products is less than 6.
     """
+    if method not in METHODS:
+        raise UnknownNameError("method", method, METHODS)
     if products < 6:
         raise ValueError(f"products must be at least 6, two for each part of Hutch++; got {products}.")
     operator, _ = _as_operator(kernel)
-    n, third = operator.shape[0], products // 3
+    n, part = operator.shape[0], products // METHODS[method]
     generator = np.random.default_rng(seed)
-    if n <= third:
+    if n <= part:
         return Estimate(float(np.trace(operator @ np.eye(n))), 0.0)
-    basis = np.linalg.qr(_multiply(operator, _signs(generator, n, third)))[0]
+    vectors = _signs(generator, n, part)
+    images = _multiply(operator, vectors)
+    if method == "xtrace":
+        return _xtrace(operator, vectors, images)
+    basis = np.linalg.qr(images)[0]
     exact = float((basis * _multiply(operator, basis)).sum())
-    rest = _signs(generator, n, products - 2 * third)
+    rest = _signs(generator, n, products - 2 * part)
     rest -= basis @ (basis.T @ rest)
     samples = (rest * _multiply(operator, rest)).sum(0)
     return Estimate(exact + float(samples.mean()), _standard_error(samples))
+
+
+def _xtrace(operator: LinearOperator, vectors: np.ndarray, images: np.ndarray) -> Estimate:
+    """XTrace of the vectors [n, m], with the jackknife over them.
+
+    All that it takes are products of m numbers in the basis Q of the images; without one vector, in that of the others.
+    """
+    eps = float(np.finfo(float_dtype(operator.dtype)).eps)
+    basis, triangle = np.linalg.qr(images)
+    inner, overlaps, forms = basis.T @ _multiply(operator, basis), basis.T @ vectors, (vectors * images).sum(0)
+    value = _leave_one_out(inner, overlaps, triangle, forms, eps)
+    m = len(forms)
+    without = []
+    for vector in range(m):
+        others = np.arange(m) != vector
+        rotation, rest = np.linalg.qr(triangle[:, others])
+        reduced = rotation.T @ inner @ rotation, rotation.T @ overlaps[:, others]
+        without.append(_leave_one_out(*reduced, rest, forms[others], eps))
+    return Estimate(value, float(np.sqrt((m - 1) * np.var(without))))
+
+
+def _leave_one_out(
+    inner: np.ndarray, overlaps: np.ndarray, triangle: np.ndarray, forms: np.ndarray, eps: float
+) -> float:
+    """Mean over i of tr Q_iᵀΘQ_i + ω_iᵀ (I − Q_iQ_iᵀ) Θ (I − Q_iQ_iᵀ) ω_i, Q_i the basis of the images but the i-th.
+
+    Q_i Q_iᵀ = Q (I − s sᵀ) Qᵀ with s the normalized column i of R⁻ᵀ, orthogonal to the other columns of R.
+
+    Args:
+        inner: QᵀΘQ [m, m]
+        overlaps: QᵀΩ [m, m]
+        triangle: R of ΘΩ = QR [m, m]
+        forms: ω_iᵀΘω_i [m]
+        eps: Relative rounding of a product.
+    """
+    diagonal = np.diagonal(triangle)
+    least = max(eps * float(np.abs(diagonal).max()), float(np.finfo(np.float64).tiny))
+    # An image that the others span already leaves nothing on the diagonal; any s orthogonal to the others will do.
+    full = triangle + np.diag(np.where(np.abs(diagonal) < least, least, 0.0))
+    left_out = scipy.linalg.solve_triangular(full / np.abs(np.diagonal(full)), np.eye(len(diagonal)), trans="T")
+    left_out /= np.linalg.norm(left_out, axis=0)
+    inside = overlaps - left_out * (left_out * overlaps).sum(0)
+    rest = forms - 2 * (inside * triangle).sum(0) + (inside * (inner @ inside)).sum(0)
+    return float(np.trace(inner) + (rest - (left_out * (inner @ left_out)).sum(0)).mean())
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -200,13 +264,13 @@ def _as_operator(kernel: Any) -> tuple[LinearOperator, str]:
     Raises:
         AsymmetricKernelError: It is not square, or of two batches.
     """
-    if isinstance(kernel, NtkOperator):
+    if isinstance(kernel, NtkOperator) and kernel.symmetric:
         return kernel, kernel.describe()
     if isinstance(kernel, KernelResult):
         matrix, source = kernel.flatten(), kernel.describe()
     else:
         matrix, source = kernel if isinstance(kernel, LinearOperator) else np.asarray(kernel), "array"
-    cross = isinstance(kernel, KernelResult) and not kernel.symmetric
+    cross = isinstance(kernel, KernelResult | NtkOperator) and not kernel.symmetric
     if cross or len(matrix.shape) != 2 or matrix.shape[0] != matrix.shape[1] or matrix.shape[0] == 0:
         raise AsymmetricKernelError(
             f"an estimate needs a symmetric kernel [n, n]; got {'a cross kernel of ' if cross else ''}shape "
