@@ -1,7 +1,10 @@
 """The Lanczos process with full reorthogonalization, and the ends of a spectrum from it.
 
 Every new vector is made orthogonal to all earlier ones twice, so that no eigenvalue is found twice by rounding and none
-is lost. Source: G. H. Golub and C. F. Van Loan, Matrix Computations, 4th edition, chapter 10.
+is lost. Source: G. H. Golub and C. F. Van Loan, Matrix Computations, 4th edition, chapter 10. Where the basis would
+outgrow its memory the process is restarted from the Ritz vectors at both ends and goes on as if it had kept all of
+their space. Source: K. Wu and H. Simon, "Thick-restart Lanczos method for large symmetric eigenvalue problems", SIAM J.
+Matrix Anal. Appl. 22 (2000).
 """
 
 from collections.abc import Callable, Iterator
@@ -14,10 +17,7 @@ Product = Callable[[np.ndarray], np.ndarray]
 """[n, k] to the kernel times it, [n, k]."""
 
 MAX_STEPS = 1000
-"""Steps of one process at most, each one product and one vector kept (chosen, not tuned)."""
-
-RESIDUAL = 1e-6
-"""Residual norm over the eigenvalue at which an eigenpair counts as found (chosen, not tuned)."""
+"""Steps of one process at most, each one product (chosen, not tuned)."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -29,11 +29,13 @@ class Tridiagonal:
         off_diagonal: [p, steps]; the last one is the norm of what the basis does not reach. It is 0 from the step on at
             which the Krylov space is exhausted, and so is the diagonal beyond.
         basis: [steps, n, p]
+        following: [n, p], the direction that the next step adds, or 0.
     """
 
     diagonal: np.ndarray
     off_diagonal: np.ndarray
     basis: np.ndarray
+    following: np.ndarray
 
     def exhausted(self, start: int = 0) -> bool:
         """Whether the Krylov space of a starting vector is invariant."""
@@ -86,7 +88,7 @@ def lanczos(
         going = norm > n * eps * scale
         beta[:, step] = np.where(going, norm, 0.0)
         vector = np.where(going, image / np.where(going, norm, 1.0), 0.0)
-        yield Tridiagonal(alpha[:, : step + 1], beta[:, : step + 1], basis[: step + 1])
+        yield Tridiagonal(alpha[:, : step + 1], beta[:, : step + 1], basis[: step + 1], vector)
         if not going.any():
             return
 
@@ -112,7 +114,40 @@ class Ends:
     products: int
 
 
-def ends(product: Product, n: int, largest: int, smallest: int, eps: float) -> Ends:
+@dataclass(frozen=True, eq=False)
+class _Kept:
+    """Ritz pairs that a restart begins with: Θ Y = Y diag(θ) + r bᵀ, with r the vector that it starts from.
+
+    Attributes:
+        vectors: Y [n, k]
+        values: θ [k]
+        coupling: b [k]
+    """
+
+    vectors: np.ndarray
+    values: np.ndarray
+    coupling: np.ndarray
+
+    def eigh(self, state: Tridiagonal) -> tuple[np.ndarray, np.ndarray]:
+        """Eigenvalues, ascending, and eigenvectors of the kernel in the space of Y and of the basis since."""
+        k = len(self.values)
+        if not k:
+            return state.eigh()
+        theta, coefficients = state.eigh()
+        matrix = np.diag(np.concatenate([self.values, theta]))
+        matrix[k:, :k] = np.outer(coefficients[0], self.coupling)
+        values, vectors = scipy.linalg.eigh(matrix)  # of the lower triangle
+        return values, np.concatenate([vectors[:k], coefficients @ vectors[k:]])
+
+    def lift(self, state: Tridiagonal, coefficients: np.ndarray) -> np.ndarray:
+        """Vectors [n, k] with these coefficients [., k]."""
+        k = len(self.values)
+        return self.vectors @ coefficients[:k] + state.basis[: len(coefficients) - k, :, 0].T @ coefficients[k:]
+
+
+def ends(
+    product: Product, n: int, counts: tuple[int, int], eps: float, tolerance: float, capacity: int | None = None
+) -> Ends:
     """Find the eigenvalues at both ends, copies of multiple ones included.
 
     A Krylov space holds one vector of each eigenspace. Where more than one eigenvalue of an end is asked for, the
@@ -121,14 +156,15 @@ def ends(product: Product, n: int, largest: int, smallest: int, eps: float) -> E
     Args:
         product: The kernel.
         n: Its size.
-        largest: How many from the upper end.
-        smallest: How many from the lower end.
+        counts: How many from the upper end, and from the lower.
         eps: Relative rounding error of a product; eps * n * λmax is the floor below which an eigenvalue is zero.
+        tolerance: Residual norm over the eigenvalue at which an eigenpair counts as found.
+        capacity: Vectors that a basis may hold, beyond which it is restarted; None for as many as there are steps.
 
     Returns:
         The eigenpairs, those that did not converge with the residual that they have.
     """
-    search = _Search(product, n, largest, smallest, eps)
+    search = _Search(product, n, counts, eps, tolerance, MAX_STEPS if capacity is None else min(capacity, MAX_STEPS))
     while search.run():
         pass
     return search.result()
@@ -137,8 +173,11 @@ def ends(product: Product, n: int, largest: int, smallest: int, eps: float) -> E
 class _Search:
     """Eigenpairs found so far, and the processes that bring more."""
 
-    def __init__(self, product: Product, n: int, largest: int, smallest: int, eps: float) -> None:
-        self.product, self.n, self.counts, self.eps = product, n, (largest, smallest), eps
+    def __init__(
+        self, product: Product, n: int, counts: tuple[int, int], eps: float, tolerance: float, capacity: int
+    ) -> None:
+        self.product, self.n, self.counts, self.eps = product, n, counts, eps
+        self.tolerance, self.capacity = tolerance, capacity
         self.values, self.vectors = np.empty(0), np.empty((n, 0))
         self.top = 0.0
         self.products = 0
@@ -153,17 +192,35 @@ class _Search:
 
     def run(self) -> bool:
         """One process, orthogonal to what is known; whether another one may bring more."""
-        limit = min(self.n - self.vectors.shape[1], MAX_STEPS)
-        look = 1
-        for step, state in enumerate(lanczos(self.product, self._start(self.vectors), self.eps, self.vectors), 1):
-            self.products += 1
-            if step in (look, limit) or state.exhausted():
-                look = step + max(5, step // 10)
-                theta, coefficients = state.eigh()
-                self.top = max(self.top, float(np.abs(theta).max()))
-                if step == limit or state.exhausted() or self._settled(state, theta, coefficients):
-                    break
-        return self._take(state, theta, coefficients)
+        left = min(self.n - self.vectors.shape[1], MAX_STEPS)
+        start = self._start(self.vectors)
+        kept = _Kept(np.empty((self.n, 0)), np.empty(0), np.empty(0))
+        while True:
+            room = min(left, self.capacity - len(kept.values))
+            against = np.concatenate([self.vectors, kept.vectors], axis=1)
+            look = 1
+            for step, state in enumerate(lanczos(self.product, start, self.eps, against), 1):
+                done = step == room or state.exhausted()
+                if step == look or done:
+                    look = step + max(5, step // 10)
+                    theta, coefficients = kept.eigh(state)
+                    self.top = max(self.top, float(np.abs(theta).max()))
+                    settled = self._settled(state, theta, coefficients)
+                    if done or settled:
+                        break
+            self.products += step
+            left -= step
+            if settled or not left or state.exhausted():
+                return self._take(kept, state, theta, coefficients)
+            kept, start = self._restart(kept, state, theta, coefficients), state.following.copy()
+
+    def _restart(self, kept: _Kept, state: Tridiagonal, theta: np.ndarray, coefficients: np.ndarray) -> _Kept:
+        """Half of the Ritz pairs, from the ends that are asked for."""
+        size, half = len(theta), len(theta) // 2
+        low = half // 2 if self.counts[1] else 0
+        chosen = np.r_[:low, size - half + low : size]
+        vectors = kept.lift(state, coefficients[:, chosen])
+        return _Kept(vectors, theta[chosen], state.off_diagonal[0, -1] * coefficients[-1, chosen])
 
     def _start(self, against: np.ndarray) -> np.ndarray:
         """Random vector [n, 1] of norm 1, orthogonal to the columns given."""
@@ -185,27 +242,26 @@ class _Search:
         first = not len(self.values)
         if len(theta) < sum(self.counts):
             return False
-        if first and self.counts[1] and theta[0] <= self.floor and self.n <= MAX_STEPS:
+        if first and self.counts[1] and theta[0] <= self.floor and self.n <= self.capacity:
             return False
         bound = state.off_diagonal[0, -1] * np.abs(coefficients[-1])
         wanted = self._wanted(len(theta))
         above = np.flatnonzero(theta > self.floor)
         if first and self.counts[1]:
             wanted[above[:1]] = True
-        return bool((bound <= np.maximum(RESIDUAL * np.abs(theta), self.floor / self.n))[wanted].all())
+        return bool((bound <= np.maximum(self.tolerance * np.abs(theta), self.floor / self.n))[wanted].all())
 
-    def _take(self, state: Tridiagonal, theta: np.ndarray, coefficients: np.ndarray) -> bool:
+    def _take(self, kept: _Kept, state: Tridiagonal, theta: np.ndarray, coefficients: np.ndarray) -> bool:
         """Take over what a process found, and say whether another one may bring more."""
-        basis = state.basis[: len(theta), :, 0].T
         above = np.flatnonzero(theta > self.floor)
         if not len(self.values):
             if len(above):
-                self.positive = float(theta[above[0]]), basis @ coefficients[:, above[0]]
-            if state.exhausted():
-                self._count_null_space(basis, len(above))
+                self.positive = float(theta[above[0]]), kept.lift(state, coefficients[:, above[0]])
+            if state.exhausted() and not len(kept.values):
+                self._count_null_space(state.basis[: len(theta), :, 0].T, len(above))
         wanted = self._wanted(len(theta))
         values = np.concatenate([self.values, theta[wanted]])
-        vectors = np.concatenate([self.vectors, basis @ coefficients[:, wanted]], axis=1)
+        vectors = np.concatenate([self.vectors, kept.lift(state, coefficients[:, wanted])], axis=1)
         keep = np.argsort(values)
         keep = keep[self._wanted(len(values))]
         new = bool((keep >= len(self.values)).any())

@@ -10,7 +10,13 @@ import scipy.linalg
 from scipy.sparse.linalg import LinearOperator
 
 from ntk.display import html_figure, spectrum_svg
-from ntk.errors import AsymmetricKernelError, NonFiniteKernelError, PartialSpectrumError, PrecisionFloorWarning
+from ntk.errors import (
+    AsymmetricKernelError,
+    MemoryBudgetError,
+    NonFiniteKernelError,
+    PartialSpectrumError,
+    PrecisionFloorWarning,
+)
 from ntk.lanczos import ends
 from ntk.operator import NtkOperator
 from ntk.results import KernelResult
@@ -21,6 +27,9 @@ FLOAT32_CONDITION_LIMIT = 1e4
 
 RESOLVED = 0.01
 """Residual over eigenvalue up to which the lower end of a range counts as resolved (chosen, not tuned)."""
+
+BASIS_BYTES = 2**29
+"""Memory that a basis may take when max_memory leaves it open (chosen, not tuned)."""
 
 Count = int | tuple[int, int] | None
 """How many of the largest eigenvalues; or of the largest and of the smallest; None for all."""
@@ -242,7 +251,7 @@ class Spectrum:
         return html_figure(svg, f"{self.summary()}. {self.source}")
 
 
-def spectrum(kernel: Any, *, k: Count = None) -> Spectrum:
+def spectrum(kernel: Any, *, k: Count = None, tolerance: float = 1e-6, max_memory: int | None = None) -> Spectrum:
     """Eigenvalues of a kernel, in float64 whatever its dtype.
 
     A matrix is decomposed. Of an operator, `k` eigenpairs are found by the Lanczos process with full
@@ -254,6 +263,10 @@ def spectrum(kernel: Any, *, k: Count = None) -> Spectrum:
             `LinearOperator`, such as `ntk.NtkOperator`, that is symmetric and positive semi-definite.
         k: How many of the largest eigenvalues to compute, or (largest, smallest); None computes all, which the
             effective rank needs. Condition numbers need both ends: k=(1, 1).
+        tolerance: Of an operator: residual over eigenvalue at which an eigenpair counts as found. The error of the
+            eigenvalue is no larger, and of the order of the square where it stands alone.
+        max_memory: Of an operator: bytes that the basis may take, beyond which the process is restarted from what it
+            has found. None allows half a GiB, and 64 vectors at least.
 
     Returns:
         The spectrum.
@@ -261,10 +274,13 @@ def spectrum(kernel: Any, *, k: Count = None) -> Spectrum:
     Raises:
         AsymmetricKernelError: The kernel is no square symmetric matrix (to sqrt(eps) of its largest entry).
         NonFiniteKernelError: An entry is NaN or infinite.
-        ValueError: k is not between 1 and the size.
+        MemoryBudgetError: max_memory holds no basis that can be restarted.
+        ValueError: k is not between 1 and the size, or tolerance not between 0 and 1.
     """
+    if not 0 < tolerance < 1:
+        raise ValueError(f"tolerance must be between 0 and 1, a residual over its eigenvalue; got {tolerance}.")
     if isinstance(kernel, LinearOperator):
-        return _of_operator(kernel, k)
+        return _of_operator(kernel, k, tolerance, max_memory)
     if isinstance(kernel, KernelResult):
         if not kernel.symmetric:
             raise AsymmetricKernelError(
@@ -294,7 +310,7 @@ def _of_matrix(matrix: np.ndarray, k: Count, source: str, products: int | None =
     )
 
 
-def _of_operator(operator: LinearOperator, k: Count) -> Spectrum:
+def _of_operator(operator: LinearOperator, k: Count, tolerance: float, max_memory: int | None) -> Spectrum:
     """Eigenvalues of an operator.
 
     Raises:
@@ -308,6 +324,7 @@ def _of_operator(operator: LinearOperator, k: Count) -> Spectrum:
     largest, smallest = _counts(k, size)
     if k is None or largest + smallest >= size:
         return _of_matrix((operator @ np.eye(size)).astype(dtype), None, source, size)
+    capacity = _capacity(size, largest + smallest, max_memory)
     eps = float(np.finfo(dtype).eps)
     u, v = np.random.default_rng(0).standard_normal((2, size)).astype(dtype)
     image, scale = operator @ v, float(np.linalg.norm(u))
@@ -317,7 +334,7 @@ def _of_operator(operator: LinearOperator, k: Count) -> Spectrum:
             f"a spectrum needs a symmetric operator; u·Av and Au·v differ by {asymmetry:.3g} for random u, v. Pass a "
             "kernel of one batch with itself."
         )
-    found = ends(lambda vectors: operator @ vectors.astype(dtype), size, largest, smallest, eps)
+    found = ends(lambda v: operator @ v.astype(dtype), size, (largest, smallest), eps, tolerance, capacity)
     error = eps * size * float(np.abs(found.values).max())
     return Spectrum(
         found.values,
@@ -333,6 +350,23 @@ def _of_operator(operator: LinearOperator, k: Count) -> Spectrum:
         found.nullity,
         found.products + 2,
     )
+
+
+def _capacity(size: int, count: int, max_memory: int | None) -> int:
+    """How many vectors a basis may hold; as much again is taken while it grows or is restarted.
+
+    Raises:
+        MemoryBudgetError: They are too few to restart from.
+    """
+    least, vector_bytes = 4 * count + 12, 2 * 8 * size
+    if max_memory is None:
+        return max(64, least, BASIS_BYTES // vector_bytes)
+    if max_memory < least * vector_bytes:
+        raise MemoryBudgetError(
+            f"max_memory must hold {least} vectors, of which a basis for {count} eigenvalues is restarted; got "
+            f"{max_memory} bytes. max_memory={least * vector_bytes} would do."
+        )
+    return max_memory // vector_bytes
 
 
 def _counts(k: Count, size: int) -> tuple[int, int]:
