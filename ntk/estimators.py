@@ -8,7 +8,6 @@ from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import islice
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -250,7 +249,7 @@ def spectral_density(kernel: Any, *, probes: int = 16, steps: int = 64, seed: in
     n = operator.shape[0]
     starts = _signs(np.random.default_rng(seed), n, probes) / np.sqrt(n)
     eps = float(np.finfo(float_dtype(operator.dtype)).eps)
-    (state,) = deque(islice(lanczos(lambda v: _multiply(operator, v), starts, eps), steps), maxlen=1)
+    (state,) = deque(lanczos(lambda v: _multiply(operator, v), starts, eps, steps), maxlen=1)
     nodes, weights = np.zeros((2, *state.diagonal.shape))
     for probe in range(probes):
         theta, vectors = state.eigh(probe)

@@ -16,6 +16,9 @@ import scipy.linalg
 Product = Callable[[np.ndarray], np.ndarray]
 """[n, k] to the kernel times it, [n, k]."""
 
+PATIENCE = 2
+"""Steps, over those in which all else converged, to wait for the first eigenvalue above a null space (chosen)."""
+
 MAX_STEPS = 1000
 """Steps of one process at most, each one product (chosen, not tuned)."""
 
@@ -49,7 +52,7 @@ class Tridiagonal:
 
 
 def lanczos(
-    product: Product, starts: np.ndarray, eps: float, against: np.ndarray | None = None
+    product: Product, starts: np.ndarray, eps: float, steps: int, against: np.ndarray | None = None
 ) -> Iterator[Tridiagonal]:
     """Run the process from several vectors side by side, a step at a time.
 
@@ -57,14 +60,15 @@ def lanczos(
         product: The kernel.
         starts: [n, p], columns of norm 1, orthogonal to `against`.
         eps: Relative rounding error of a product; a new direction shorter than eps * n * max ‖Θ v‖ is rounding.
-        against: [n, q] orthonormal eigenvectors that are kept out of the basis, or None.
+        steps: At most.
+        against: [n, q] orthonormal vectors that are kept out of the basis, or None.
 
     Yields:
-        The state after each step, up to n - q steps or until every Krylov space is exhausted. Arrays are overwritten
-        as the process goes on.
+        The state after each step, up to `steps`, to n - q, or until every Krylov space is exhausted. Arrays are
+        overwritten as the process goes on.
     """
     n, p = starts.shape
-    limit = n - (0 if against is None else against.shape[1])
+    limit = min(steps, n - (0 if against is None else against.shape[1]))
     capacity = 0
     basis, alpha, beta = np.empty((0, n, p)), np.empty((p, 0)), np.empty((p, 0))
     vector, scale = starts, np.zeros(p)
@@ -146,7 +150,13 @@ class _Kept:
 
 
 def ends(
-    product: Product, n: int, counts: tuple[int, int], eps: float, tolerance: float, capacity: int | None = None
+    product: Product,
+    n: int,
+    counts: tuple[int, int],
+    eps: float,
+    tolerance: float,
+    capacity: int,
+    exact: Product | None = None,
 ) -> Ends:
     """Find the eigenvalues at both ends, copies of multiple ones included.
 
@@ -159,15 +169,16 @@ def ends(
         counts: How many from the upper end, and from the lower.
         eps: Relative rounding error of a product; eps * n * λmax is the floor below which an eigenvalue is zero.
         tolerance: Residual norm over the eigenvalue at which an eigenpair counts as found.
-        capacity: Vectors that a basis may hold, beyond which it is restarted; None for as many as there are steps.
+        capacity: Vectors that a basis may hold, beyond which it is restarted.
+        exact: The same kernel to more digits, from which the values and residuals are, or None.
 
     Returns:
         The eigenpairs, those that did not converge with the residual that they have.
     """
-    search = _Search(product, n, counts, eps, tolerance, MAX_STEPS if capacity is None else min(capacity, MAX_STEPS))
+    search = _Search(product, n, counts, eps, tolerance, min(capacity, MAX_STEPS))
     while search.run():
         pass
-    return search.result()
+    return search.result(exact)
 
 
 class _Search:
@@ -183,6 +194,7 @@ class _Search:
         self.products = 0
         self.positive: tuple[float, np.ndarray] | None = None
         self.nullity: int | None = None
+        self.patience = MAX_STEPS
         self.generator = np.random.default_rng(0)
 
     @property
@@ -192,24 +204,23 @@ class _Search:
 
     def run(self) -> bool:
         """One process, orthogonal to what is known; whether another one may bring more."""
-        left = min(self.n - self.vectors.shape[1], MAX_STEPS)
+        whole = self.n - self.vectors.shape[1]
+        taken, left = 0, min(whole, MAX_STEPS) if self.capacity >= whole else MAX_STEPS
         start = self._start(self.vectors)
         kept = _Kept(np.empty((self.n, 0)), np.empty(0), np.empty(0))
         while True:
-            room = min(left, self.capacity - len(kept.values))
-            against = np.concatenate([self.vectors, kept.vectors], axis=1)
-            look = 1
-            for step, state in enumerate(lanczos(self.product, start, self.eps, against), 1):
+            against = np.concatenate([self.vectors, kept.vectors], axis=1) if len(self.values) else kept.vectors
+            room, look = min(left, self.capacity - len(kept.values), self.n - against.shape[1]), 1
+            for step, state in enumerate(lanczos(self.product, start, self.eps, room, against), 1):
                 done = step == room or state.exhausted()
                 if step == look or done:
                     look = step + max(5, step // 10)
                     theta, coefficients = kept.eigh(state)
                     self.top = max(self.top, float(np.abs(theta).max()))
-                    settled = self._settled(state, theta, coefficients)
+                    settled = self._settled(state, theta, coefficients, taken + step)
                     if done or settled:
                         break
-            self.products += step
-            left -= step
+            self.products, taken, left = self.products + step, taken + step, left - step
             if settled or not left or state.exhausted():
                 return self._take(kept, state, theta, coefficients)
             kept, start = self._restart(kept, state, theta, coefficients), state.following.copy()
@@ -234,10 +245,11 @@ class _Search:
         index = np.arange(size)
         return (index >= size - self.counts[0]) | (index < self.counts[1])
 
-    def _settled(self, state: Tridiagonal, theta: np.ndarray, coefficients: np.ndarray) -> bool:
+    def _settled(self, state: Tridiagonal, theta: np.ndarray, coefficients: np.ndarray, steps: int) -> bool:
         """Whether all that is asked for has converged, and with the lower end the first value above the floor.
 
-        Where there is a null space, a kernel that the first process can exhaust is exhausted, for its dimension.
+        The latter may lie inside the spectrum and not converge at all; it is waited for within reason. Where there is a
+        null space, a kernel that the first process can exhaust is exhausted, for its dimension.
         """
         first = not len(self.values)
         if len(theta) < sum(self.counts):
@@ -245,11 +257,12 @@ class _Search:
         if first and self.counts[1] and theta[0] <= self.floor and self.n <= self.capacity:
             return False
         bound = state.off_diagonal[0, -1] * np.abs(coefficients[-1])
-        wanted = self._wanted(len(theta))
+        converged = bound <= np.maximum(self.tolerance * np.abs(theta), self.floor / self.n)
+        if not converged[self._wanted(len(theta))].all():
+            return False
         above = np.flatnonzero(theta > self.floor)
-        if first and self.counts[1]:
-            wanted[above[:1]] = True
-        return bool((bound <= np.maximum(self.tolerance * np.abs(theta), self.floor / self.n))[wanted].all())
+        self.patience = min(self.patience, PATIENCE * steps)
+        return not (first and self.counts[1] and len(above)) or bool(converged[above[0]]) or steps >= self.patience
 
     def _take(self, kept: _Kept, state: Tridiagonal, theta: np.ndarray, coefficients: np.ndarray) -> bool:
         """Take over what a process found, and say whether another one may bring more."""
@@ -278,18 +291,21 @@ class _Search:
                 return
         self.nullity = self.n - positive
 
-    def result(self) -> Ends:
-        """The eigenpairs, each with the residual of a product of its own."""
-        positive = [] if self.positive is None else [self.positive[1]]
-        vectors = np.column_stack([self.vectors, *positive])
-        values = np.array([*self.values, *([] if self.positive is None else [self.positive[0]])])
-        residuals = np.linalg.norm(np.asarray(self.product(vectors), dtype=np.float64) - vectors * values, axis=0)
+    def result(self, exact: Product | None) -> Ends:
+        """The eigenpairs, each with the residual of a product of its own; of the exact kernel where there is one."""
+        found = [] if self.positive is None else [self.positive]
+        vectors = np.column_stack([self.vectors, *(vector for _, vector in found)])
+        values = np.array([*self.values, *(value for value, _ in found)])
+        images = np.asarray((exact or self.product)(vectors), dtype=np.float64)
+        if exact is not None:
+            values = (vectors * images).sum(0) / (vectors * vectors).sum(0)
+        residuals = np.linalg.norm(images - vectors * values, axis=0)
         k = len(self.values)
         return Ends(
             values[:k][::-1],
             vectors[:, :k][:, ::-1],
             residuals[:k][::-1],
-            (float(values[k]), float(residuals[k])) if positive else None,
+            (float(values[k]), float(residuals[k])) if found else None,
             self.nullity,
             self.products + len(values),
         )

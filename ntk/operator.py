@@ -147,7 +147,7 @@ class NtkOperator(LinearOperator):
             NonFiniteKernelError: A product is not finite although the vectors are.
         """
         output = right.output
-        rows = torch.as_tensor(np.ascontiguousarray(vectors.T), dtype=output.dtype, device=output.device)
+        rows = torch.as_tensor(np.array(vectors.T, order="C"), dtype=output.dtype, device=output.device)
         n, o = output.shape
         if self.reduce == "none":
             products = self._chunks(rows.reshape(-1, n, o), left, right).reshape(len(rows), -1)

@@ -251,7 +251,14 @@ class Spectrum:
         return html_figure(svg, f"{self.summary()}. {self.source}")
 
 
-def spectrum(kernel: Any, *, k: Count = None, tolerance: float = 1e-6, max_memory: int | None = None) -> Spectrum:
+def spectrum(
+    kernel: Any,
+    *,
+    k: Count = None,
+    tolerance: float = 1e-6,
+    max_memory: int | None = None,
+    exact: LinearOperator | None = None,
+) -> Spectrum:
     """Eigenvalues of a kernel, in float64 whatever its dtype.
 
     A matrix is decomposed. Of an operator, `k` eigenpairs are found by the Lanczos process with full
@@ -267,6 +274,8 @@ def spectrum(kernel: Any, *, k: Count = None, tolerance: float = 1e-6, max_memor
             eigenvalue is no larger, and of the order of the square where it stands alone.
         max_memory: Of an operator: bytes that the basis may take, beyond which the process is restarted from what it
             has found. None allows half a GiB, and 64 vectors at least.
+        exact: Of a float32 operator: the same kernel as a float64 one. Eigenvectors are found by the former, and each
+            value and its residual by one product of the latter: error bars without the floor of float32, at its price.
 
     Returns:
         The spectrum.
@@ -275,12 +284,12 @@ def spectrum(kernel: Any, *, k: Count = None, tolerance: float = 1e-6, max_memor
         AsymmetricKernelError: The kernel is no square symmetric matrix (to sqrt(eps) of its largest entry).
         NonFiniteKernelError: An entry is NaN or infinite.
         MemoryBudgetError: max_memory holds no basis that can be restarted.
-        ValueError: k is not between 1 and the size, or tolerance not between 0 and 1.
+        ValueError: k is not between 1 and the size, tolerance not between 0 and 1, or exact not the same kernel.
     """
     if not 0 < tolerance < 1:
         raise ValueError(f"tolerance must be between 0 and 1, a residual over its eigenvalue; got {tolerance}.")
     if isinstance(kernel, LinearOperator):
-        return _of_operator(kernel, k, tolerance, max_memory)
+        return _of_operator(kernel, k, tolerance, max_memory, exact)
     if isinstance(kernel, KernelResult):
         if not kernel.symmetric:
             raise AsymmetricKernelError(
@@ -310,32 +319,36 @@ def _of_matrix(matrix: np.ndarray, k: Count, source: str, products: int | None =
     )
 
 
-def _of_operator(operator: LinearOperator, k: Count, tolerance: float, max_memory: int | None) -> Spectrum:
-    """Eigenvalues of an operator.
-
-    Raises:
-        AsymmetricKernelError: It is not square, or not symmetric on two random vectors.
-    """
+def _of_operator(
+    operator: LinearOperator, k: Count, tolerance: float, max_memory: int | None, exact: LinearOperator | None
+) -> Spectrum:
+    """Eigenvalues of an operator."""
     size = operator.shape[0]
     source = operator.describe() if isinstance(operator, NtkOperator) else "operator"
     dtype = float_dtype(operator.dtype)
-    if size == 0 or operator.shape != (size, size):
-        raise AsymmetricKernelError(f"a spectrum needs a square operator [n, n]; got shape {operator.shape}.")
-    largest, smallest = _counts(k, size)
-    if k is None or largest + smallest >= size:
-        return _of_matrix((operator @ np.eye(size)).astype(dtype), None, source, size)
-    capacity = _capacity(size, largest + smallest, max_memory)
-    eps = float(np.finfo(dtype).eps)
-    u, v = np.random.default_rng(0).standard_normal((2, size)).astype(dtype)
-    image, scale = operator @ v, float(np.linalg.norm(u))
-    asymmetry = abs(float(u @ image) - float((operator @ u) @ v))
-    if asymmetry > np.sqrt(eps) * scale * float(np.linalg.norm(image)):
-        raise AsymmetricKernelError(
-            f"a spectrum needs a symmetric operator; u·Av and Au·v differ by {asymmetry:.3g} for random u, v. Pass a "
-            "kernel of one batch with itself."
-        )
-    found = ends(lambda v: operator @ v.astype(dtype), size, (largest, smallest), eps, tolerance, capacity)
-    error = eps * size * float(np.abs(found.values).max())
+    _check_operator(operator, exact)
+    counts = _counts(k, size)
+    if k is None or sum(counts) >= size:
+        best = operator if exact is None else exact
+        return _of_matrix((best @ np.eye(size)).astype(float_dtype(best.dtype)), None, source, size)
+    _check_symmetric_products(operator, dtype)
+    found = ends(
+        lambda v: operator @ v.astype(dtype),
+        size,
+        counts,
+        float(np.finfo(dtype).eps),
+        tolerance,
+        _capacity(size, sum(counts), max_memory),
+        None if exact is None else lambda v: exact @ v,
+    )
+    if exact is not None:
+        dtype = np.dtype(np.float64)
+    error = float(np.finfo(dtype).eps) * size * float(np.abs(found.values).max())
+    positive, null = found.positive if counts[1] else None, found.nullity
+    if exact is not None:
+        null = None  # what float32 takes for zero need not be
+        if (found.values > np.maximum(found.residuals, error)).all() and counts[1]:
+            positive = float(found.values[-1]), float(found.residuals[-1])
     return Spectrum(
         found.values,
         size,
@@ -343,13 +356,46 @@ def _of_operator(operator: LinearOperator, k: Count, tolerance: float, max_memor
         error,
         dtype,
         source,
-        smallest,
+        counts[1],
         found.vectors,
         found.residuals,
-        found.positive if smallest else None,
-        found.nullity,
+        positive,
+        null,
         found.products + 2,
     )
+
+
+def _check_operator(operator: LinearOperator, exact: LinearOperator | None) -> None:
+    """See that an operator may be a kernel.
+
+    Raises:
+        AsymmetricKernelError: It is not square.
+        ValueError: `exact` is no float64 operator of its size.
+    """
+    size = operator.shape[0]
+    if size == 0 or operator.shape != (size, size):
+        raise AsymmetricKernelError(f"a spectrum needs a square operator [n, n]; got shape {operator.shape}.")
+    if exact is not None and (exact.shape != operator.shape or float_dtype(exact.dtype) != np.float64):
+        raise ValueError(
+            f"exact must be the same kernel in float64, of shape {operator.shape}; got {exact.dtype} of shape "
+            f"{exact.shape}. Pass NtkOperator(..., dtype=torch.float64)."
+        )
+
+
+def _check_symmetric_products(operator: LinearOperator, dtype: np.dtype) -> None:
+    """See that an operator is symmetric on two random vectors, at the price of two products.
+
+    Raises:
+        AsymmetricKernelError: It is not.
+    """
+    u, v = np.random.default_rng(0).standard_normal((2, operator.shape[0])).astype(dtype)
+    image, scale = operator @ v, float(np.linalg.norm(u))
+    asymmetry = abs(float(u @ image) - float((operator @ u) @ v))
+    if asymmetry > np.sqrt(np.finfo(dtype).eps) * scale * float(np.linalg.norm(image)):
+        raise AsymmetricKernelError(
+            f"a spectrum needs a symmetric operator; u·Av and Au·v differ by {asymmetry:.3g} for random u, v. Pass a "
+            "kernel of one batch with itself."
+        )
 
 
 def _capacity(size: int, count: int, max_memory: int | None) -> int:

@@ -1,5 +1,8 @@
 """Ends of the spectrum of an operator, against dense decompositions; null spaces are named, never made into numbers."""
 
+import tracemalloc
+from collections.abc import Iterator
+
 import numpy as np
 import pytest
 import torch
@@ -8,7 +11,7 @@ from torch import nn
 
 import ntk
 from ntk import errors
-from ntk.lanczos import lanczos
+from ntk.lanczos import Tridiagonal, lanczos
 from tests.ntk.oracle import build
 from tests.ntk.test_ntk_spectrum import rotated
 
@@ -25,7 +28,7 @@ def last_batch_norm() -> tuple[nn.Module, torch.Tensor]:
 def test_basis_is_orthonormal_and_reproduces_the_matrix() -> None:
     matrix = rotated(list(np.geomspace(1, 1e-12, 60)))
     start = np.random.default_rng(0).normal(size=(60, 2))
-    *_, state = lanczos(lambda v: matrix @ v, start / np.linalg.norm(start, axis=0), EPS)
+    *_, state = lanczos(lambda v: matrix @ v, start / np.linalg.norm(start, axis=0), EPS, 60)
     for column in range(2):
         basis = state.basis[:, :, column]
         m = int(np.flatnonzero(state.off_diagonal[column] == 0)[0]) + 1
@@ -174,3 +177,147 @@ def test_operators_that_are_no_kernels() -> None:
     operator = LinearOperator((2, 2), matvec=lambda v: np.array([[1, 2], [0, 1]]) @ v, dtype=np.float64)
     with pytest.raises(errors.AsymmetricKernelError, match="entries differ from their transpose"):
         ntk.spectrum(operator)
+
+
+class Counted(LinearOperator):
+    """A matrix that counts the vectors it multiplies."""
+
+    def __init__(self, matrix: np.ndarray) -> None:
+        super().__init__(matrix.dtype, matrix.shape)
+        self.matrix, self.products = matrix, 0
+
+    def _matvec(self, vector: np.ndarray) -> np.ndarray:
+        return self._matmat(vector.reshape(-1, 1))[:, 0]
+
+    def _matmat(self, vectors: np.ndarray) -> np.ndarray:
+        self.products += vectors.shape[1]
+        return self.matrix @ vectors
+
+
+@pytest.mark.parametrize("k", [(1, 1), (3, 2), (4, 0)])
+def test_a_restarted_process_finds_the_same_ends(k: tuple[int, int]) -> None:
+    """A basis of 40 vectors where one of 200 or so would be taken; products, and the vectors held, are counted."""
+    matrix = rotated([30.0, 30.0, *np.linspace(9, 1, 297), 0.7])
+    every = np.linalg.eigvalsh(matrix)[::-1]
+    whole, restarted = Counted(matrix), Counted(matrix)
+    free = ntk.spectrum(whole, k=k)
+    found = ntk.spectrum(restarted, k=k, max_memory=40 * 16 * 300)
+    expected = np.concatenate([every[: k[0]], every[300 - k[1] :]])
+    for result in (free, found):
+        assert result.eigenvalues == pytest.approx(expected, rel=1e-9)
+        assert (result.residuals <= 1e-5 * result.eigenvalues).all()
+    assert whole.products == free.products < 300
+    assert restarted.products == found.products < 2 * free.products
+    vectors = found.eigenvectors
+    assert np.abs(vectors.T @ vectors - np.eye(sum(k))).max() < 1e-9
+
+
+def test_the_basis_stays_within_its_capacity(monkeypatch: pytest.MonkeyPatch) -> None:
+    held = []
+
+    def watched(*arguments: object) -> Iterator[Tridiagonal]:
+        for state in lanczos(*arguments):
+            held.append(len(state.basis) + arguments[4].shape[1])
+            yield state
+
+    monkeypatch.setattr("ntk.lanczos.lanczos", watched)
+    matrix = rotated([50.0, *np.linspace(9, 1, 248), 0.9])
+    for capacity in (20, 30):
+        held.clear()
+        found = ntk.spectrum(aslinearoperator(matrix), k=(1, 1), max_memory=capacity * 16 * 250)
+        assert max(held) == capacity
+        assert len(held) > 2 * capacity
+        assert found.condition_number == pytest.approx(50 / 0.9, rel=1e-8)
+
+
+def test_memory_of_a_large_basis_is_bounded() -> None:
+    """Ten thousand examples; what NumPy holds at its peak, against a bound that the whole basis would break."""
+    diagonal = np.concatenate([[50.0], np.linspace(9, 1, 9998), [0.9]])
+    operator = LinearOperator((10000, 10000), matvec=lambda v: diagonal * v.ravel(), dtype=np.float64)
+    operator.matmat = lambda v: diagonal[:, None] * v
+    peak = {}
+    for bound in (None, 60 * 16 * 10000):
+        tracemalloc.start()
+        found = ntk.spectrum(operator, k=(1, 1), max_memory=bound)
+        peak[bound] = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        assert found.condition_number == pytest.approx(50 / 0.9, rel=1e-6)
+    slack = 12 * 8 * 10000  # the vector in work, its images, and the eigenvectors returned
+    assert peak[60 * 16 * 10000] < 60 * 16 * 10000 + slack < peak[None]
+
+
+def test_a_tolerance_saves_products_and_its_error_bar_covers() -> None:
+    matrix = rotated(list(np.geomspace(5, 1e-2, 300)))
+    fine, rough = (ntk.spectrum(aslinearoperator(matrix), k=(1, 1), tolerance=tolerance) for tolerance in (1e-6, 1e-2))
+    assert rough.products < 0.9 * fine.products
+    assert abs(rough.eigenvalues[1] - 1e-2) < rough.errors[1] < 1e-2 * rough.eigenvalues[1]
+    assert fine.errors[1] < 1e-6 * fine.eigenvalues[1]
+
+
+def test_a_null_space_is_named_under_restarts_too() -> None:
+    """Its dimension is a lower bound then, as no Krylov space was exhausted; the range is found all the same."""
+    matrix = rotated([*np.linspace(5, 0.5, 160), *[0.0] * 40])
+    found = ntk.spectrum(aslinearoperator(matrix), k=(1, 1), max_memory=30 * 16 * 200)
+    assert found.nullity >= 1
+    assert not found.nullity_is_exact
+    with pytest.warns(errors.PrecisionFloorWarning, match="inf"):
+        assert found.condition_number == np.inf
+    value, residual = found.positive
+    assert min(abs(np.linalg.eigvalsh(matrix) - value)) <= max(residual, found.error_estimate)
+    assert found.range_condition_number == pytest.approx(10, rel=1e-8)
+
+
+def test_refused_memory_and_tolerance() -> None:
+    operator = aslinearoperator(np.eye(50))
+    with pytest.raises(errors.MemoryBudgetError, match=r"max_memory must hold 20 vectors.*max_memory=16000 would do"):
+        ntk.spectrum(operator, k=(1, 1), max_memory=15999)
+    assert ntk.spectrum(operator, k=(1, 1), max_memory=16000).condition_number == pytest.approx(1)
+    for tolerance in (0.0, 1.0):
+        with pytest.raises(ValueError, match=f"tolerance must be between 0 and 1.*got {tolerance}"):
+            ntk.spectrum(operator, k=1, tolerance=tolerance)
+
+
+@pytest.mark.parametrize("case", ["mlp", "conv with BatchNorm"])
+def test_values_of_a_float32_search_are_checked_in_float64(case: str) -> None:
+    """Control: by itself it knows the smallest eigenvalue to the floor of float32 only."""
+    model, x, _ = build(case, n1=12)
+    dense = np.linalg.eigvalsh(ntk.empirical_ntk(model, x, reduce="sum").flatten())[::-1]
+    single, double = (ntk.NtkOperator(model, x, reduce="sum", dtype=t) for t in (torch.float32, torch.float64))
+    found, alone = (ntk.spectrum(single, k=(1, 1), exact=exact) for exact in (double, None))
+    expected = dense[[0, -1]]
+    assert (np.abs(found.eigenvalues - expected) <= found.errors).all()
+    assert found.eigenvalues == pytest.approx(expected, rel=1e-4)
+    assert found.errors[0] < alone.errors[0] / 3
+    assert (found.dtype, alone.dtype) == (np.float64, np.float32)
+    recomputed = np.linalg.norm(double @ found.eigenvectors - found.eigenvectors * found.eigenvalues, axis=0)
+    assert recomputed == pytest.approx(found.residuals, rel=1e-6, abs=1e-12)
+    assert ntk.spectrum(single, exact=double).eigenvalues == pytest.approx(dense, rel=1e-9, abs=1e-12)
+
+
+def test_float64_finds_what_float32_takes_for_zero() -> None:
+    matrix = rotated([100.0, *np.linspace(2, 1, 60), 1e-4])
+    single = aslinearoperator(matrix.astype(np.float32))
+    found, alone = (ntk.spectrum(single, k=(1, 1), exact=exact) for exact in (aslinearoperator(matrix), None))
+    assert alone.nullity == 1
+    assert (found.nullity, found.nullity_is_exact) == (0, True)
+    assert abs(found.eigenvalues[1] - 1e-4) <= found.errors[1] < 1e-4
+    null = rotated([100.0, *np.linspace(2, 1, 60), 0.0])  # control: what is zero stays so
+    single = aslinearoperator(null.astype(np.float32))
+    assert not ntk.spectrum(single, k=(1, 1), exact=aslinearoperator(null)).nullity_is_exact
+
+
+def test_an_interior_eigenvalue_above_the_floor_is_not_waited_for_without_end() -> None:
+    """A float32 floor inside the bulk of the spectrum: what converged is reported, the rest is called unresolved."""
+    diagonal = np.concatenate([[3e4], np.geomspace(30, 0.1, 1999)]).astype(np.float32)
+    operator = Counted(np.diag(diagonal))
+    found = ntk.spectrum(operator, k=(1, 1), max_memory=120 * 16 * 2000, tolerance=1e-2)
+    assert found.error_estimate > 1
+    assert operator.products < 500
+    assert found.at_precision_floor
+
+
+def test_an_exact_kernel_of_another_kind_is_refused() -> None:
+    operator = aslinearoperator(np.eye(5, dtype=np.float32))
+    for wrong in (np.eye(4), np.eye(5, dtype=np.float32)):
+        with pytest.raises(ValueError, match=r"exact must be the same kernel in float64, of shape \(5, 5\); got float"):
+            ntk.spectrum(operator, k=1, exact=aslinearoperator(wrong))

@@ -217,3 +217,12 @@ def test_a_gradient_that_overflows_is_named() -> None:
 
     with pytest.raises(errors.NonFiniteKernelError, match="not finite although the output is"):
         ntk.NtkOperator(Norm(), torch.zeros(3, 4)) @ np.ones(3)
+
+
+def test_read_only_vectors_are_taken() -> None:
+    """The eigenvectors of a result are read-only."""
+    model, x, _ = build("mlp")
+    operator = ntk.NtkOperator(model, x)
+    vectors = np.eye(10)
+    vectors.setflags(write=False)
+    assert np.array_equal(operator @ vectors, operator @ np.eye(10))
