@@ -71,8 +71,7 @@ def test_gradient_flow_solves_its_equation(reduce: str, ridge: float) -> None:
     assert late == pytest.approx(ntk.predict(train, y, cross, ridge=ridge).mean, rel=1e-9, abs=1e-9)
 
 
-@pytest.mark.parametrize("reduce", ["none", "trace"])
-@pytest.mark.parametrize("time", [None, 2.5])
+@pytest.mark.parametrize(("reduce", "time"), [("none", 2.5), ("trace", None)])
 def test_neural_tangents_agrees(reduce: str, time: float | None) -> None:
     """Its loss is the mean over examples and outputs, so that its time is as many times ours."""
     import jax
