@@ -236,7 +236,9 @@ def contract_products(
     Returns:
         Group -> kernel as `ntk.contraction.contract` gives it.
     """
-    largest = max(run_batch(model, x, plan.multipliers, evaluation, argument).activation_bytes for argument, x in inputs)
+    largest = max(
+        run_batch(model, x, plan.multipliers, evaluation, argument).activation_bytes for argument, x in inputs
+    )
     snapshot, metric = Snapshot(model, evaluation), Metric(plan.multipliers, plan.projections)
     sides = [JacobianProducts(snapshot, x, tuple(plan.multipliers)) for _, x in inputs]
     for side in sides:

@@ -1,16 +1,38 @@
 """What it means for a route to an empirical kernel to be right: it gives the kernel of whole-batch autograd."""
 
+from collections.abc import Iterable
+
 import numpy as np
 import pytest
 import torch
 
 import ntk
+from ntk import errors
 from ntk.empirical import IMPLEMENTATIONS
 from tests.ntk.oracle import kernel
 
 ROUTES = tuple(name for name in IMPLEMENTATIONS if name != "auto")
 
 each_route = pytest.mark.parametrize("route", ROUTES)
+
+SLOW = "ntk_vector_products"
+"""The route that knows no layers, so that a sample of them stands for all."""
+
+WITHOUT_PRODUCTS = {
+    "checkpoint": (errors.CheckpointingError, "must keep its activations"),
+    "embedding bag": (errors.NoJacobianProductError, "differentiated twice, or in forward mode"),
+    "embedding by frequency": (errors.NoJacobianProductError, "differs from ‖Jᵀv‖²"),
+}
+"""Modules that the slow route refuses, and how: their kernel goes by no products that torch has."""
+
+
+def each_route_with(argument: str, names: Iterable[str], every: int = 1) -> pytest.MarkDecorator:
+    """Every route with every name; the slow one with every so many of those that have products."""
+    names = list(names)
+    sample = [name for name in names if name not in WITHOUT_PRODUCTS][::every]
+    pairs = [(route, name) for route in ROUTES for name in (sample if route == SLOW else names)]
+    return pytest.mark.parametrize(("route", argument), pairs)
+
 
 RELATIVE = 1e-10
 """Exact identity in float64 (style.md, tolerance policy)."""

@@ -14,13 +14,25 @@ from torch import nn
 
 import ntk
 from ntk import errors as ntk_errors
-from tests.ntk.conformance import RELATIVE, ROUTES, assert_same, each_route, reduced, scaled, summed
+from tests.ntk.conformance import (
+    RELATIVE,
+    ROUTES,
+    SLOW,
+    WITHOUT_PRODUCTS,
+    assert_same,
+    each_route,
+    each_route_with,
+    reduced,
+    scaled,
+    summed,
+)
 from tests.ntk.modules import MODULES, build
 from tests.ntk.oracle import jacobian, kernel, state_hash
 from tests.ntk.shapes import FEW
 
 pytestmark = pytest.mark.filterwarnings("ignore:Using padding=.same. with even kernel lengths:UserWarning")
-each_module = pytest.mark.parametrize("name", MODULES)
+each_module = each_route_with("name", MODULES)
+some_modules = each_route_with("name", MODULES, every=4)
 
 
 @dataclass(frozen=True, eq=False)
@@ -43,11 +55,18 @@ def case(name: str) -> Case:
 
 def test_the_table_is_large_enough() -> None:
     assert len(MODULES) >= 30
-    assert {"structured", "jacobian_contraction"} <= set(ROUTES)
+    assert {"structured", "jacobian_contraction", SLOW} <= set(ROUTES)
+
+
+@pytest.mark.parametrize("name", WITHOUT_PRODUCTS)
+def test_modules_without_products_are_refused(name: str) -> None:
+    model, x, _ = build(name)
+    error, message = WITHOUT_PRODUCTS[name]
+    with pytest.raises(error, match=message):
+        ntk.empirical_ntk(model, x, implementation=SLOW)
 
 
 @each_module
-@each_route
 def test_every_reduction_of_gram_and_cross_kernel(route: str, name: str) -> None:
     it = case(name)
     for x, other in ((None, it.first), (it.x2, it.second)):
@@ -57,8 +76,7 @@ def test_every_reduction_of_gram_and_cross_kernel(route: str, name: str) -> None
             assert_same(result, reduced(expected, reduce))
 
 
-@each_module
-@each_route
+@some_modules
 def test_layers_add_up(route: str, name: str) -> None:
     """The share of each layer, and so their sum."""
     it = case(name)
@@ -93,8 +111,7 @@ def projected(rows: dict[str, torch.Tensor], projection: Callable) -> dict[str, 
 
 
 @pytest.mark.parametrize("projection", [ntk.center_rows, reject_shift], ids=["center_rows", "reject_shift"])
-@each_module
-@each_route
+@some_modules
 def test_projected_scaled_and_chosen(route: str, name: str, projection: Callable) -> None:
     """With a multiplier for each parameter that is kept: all of them, or every second one."""
     it = case(name)
@@ -138,8 +155,7 @@ def test_a_cross_kernel_of_equal_sizes(route: str, name: str) -> None:
         assert_same(result, reduced(expected, reduce))
 
 
-@each_module
-@each_route
+@some_modules
 def test_a_batch_of_one(route: str, name: str) -> None:
     model, x1, x2 = build(name, n=1 if "batch norm" not in name else 2, m=2)
     first, second = jacobian(model, x1), jacobian(model, x2)
@@ -147,8 +163,7 @@ def test_a_batch_of_one(route: str, name: str) -> None:
     assert_same(ntk.empirical_ntk(model, x2, x1, implementation=route), kernel(second, first))
 
 
-@each_module
-@each_route
+@some_modules
 def test_float32_is_what_its_dtype_explains(route: str, name: str) -> None:
     """No further from float64 than twice the error of the naive loop in float32, or a few roundings of its own."""
     it = case(name)
@@ -162,8 +177,7 @@ def test_float32_is_what_its_dtype_explains(route: str, name: str) -> None:
     assert np.abs(result.values - exact).max() <= max(allowed, 8 * np.finfo(np.float32).eps * np.abs(exact).max())
 
 
-@each_module
-@each_route
+@some_modules
 def test_nothing_is_left_changed(route: str, name: str) -> None:
     model, x, _ = build(name)
     model(x).sum().backward()

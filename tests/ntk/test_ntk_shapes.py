@@ -6,14 +6,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import ntk
-from tests.ntk.conformance import assert_same, each_route, reduced
+from tests.ntk.conformance import assert_same, each_route_with, reduced
 from tests.ntk.oracle import jacobian, kernel
 from tests.ntk.shapes import FEW, LAYERS, in_context
 
 
 @pytest.mark.filterwarnings("ignore:Using padding=.same. with even kernel lengths:UserWarning")
-@pytest.mark.parametrize("kind", LAYERS)
-@each_route
+@each_route_with("kind", LAYERS, every=3)
 @given(data=st.data())
 @FEW
 def test_layers_of_any_shape(route: str, kind: str, data: st.DataObject) -> None:
