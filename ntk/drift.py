@@ -9,6 +9,7 @@ import torch
 
 from ntk.display import figure_svg, html_figure
 from ntk.empirical import empirical_ntk
+from ntk.outputs import OutputChoice
 from ntk.parameters import ParameterChoice
 from ntk.projection import Projection
 from ntk.results import KernelResult
@@ -115,6 +116,9 @@ class NtkTracker:
         params: ParameterChoice = None,
         max_memory: int | None = None,
         dtype: torch.dtype | None = None,
+        batch_statistics: str = "batch",
+        reference: torch.Tensor | None = None,
+        output: OutputChoice = None,
     ) -> None:
         """Hold what to measure; nothing is measured yet.
 
@@ -129,16 +133,27 @@ class NtkTracker:
             params: As there.
             max_memory: As there.
             dtype: As there.
+            batch_statistics: As there.
+            reference: As there, copied.
+            output: As there.
 
         Raises:
             ValueError: The targets are no floating-point numbers, one row an example, or all of them are alike.
         """
         self._model, self._x = model, x.detach().clone()
         self._targets = None if targets is None else _targets(targets, len(x), centred=centred)
-        self._centred, self._reduce = centred, reduce
-        self._implementation, self._projection = implementation, projection
-        self._params = params if params is None or isinstance(params, str | Mapping) else list(params)
-        self._max_memory, self._dtype = max_memory, dtype
+        self._centred = centred
+        self._settings: dict[str, Any] = {
+            "reduce": reduce,
+            "implementation": implementation,
+            "projection": projection,
+            "params": params if params is None or isinstance(params, str | Mapping) else list(params),
+            "max_memory": max_memory,
+            "dtype": dtype,
+            "batch_statistics": batch_statistics,
+            "reference": reference.detach().clone() if isinstance(reference, torch.Tensor) else reference,
+            "output": output,
+        }
         self._steps: list[float] = []
         self._kernels: list[KernelResult] = []
 
@@ -154,16 +169,7 @@ class NtkTracker:
         """
         if self._steps and not step > self._steps[-1]:
             raise ValueError(f"step must be later than the last one recorded, {self._steps[-1]:g}; got {step}.")
-        kernel = empirical_ntk(
-            self._model,
-            self._x,
-            reduce=self._reduce,
-            implementation=self._implementation,
-            projection=self._projection,
-            params=self._params,
-            max_memory=self._max_memory,
-            dtype=self._dtype,
-        )
+        kernel = empirical_ntk(self._model, self._x, **self._settings)
         if self._kernels:
             _ = kernel - self._kernels[0]  # refuses another convention
         elif self._targets is not None and kernel.reduce == "none" and kernel.shape[2] != self._targets.shape[1]:

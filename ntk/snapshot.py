@@ -3,6 +3,7 @@
 import warnings
 from collections.abc import Generator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -27,7 +28,10 @@ class Snapshot:
             evaluation: Type to compute in, statistics and outputs.
         """
         self.model = model
-        self.evaluation = evaluation
+        statistics = evaluation.statistics
+        if statistics.reference is not None:
+            statistics = replace(statistics, reference=statistics.reference.detach().clone())
+        self.evaluation = replace(evaluation, statistics=statistics)
         with measured(model) as (plain, notes):
             self.plain, self.notes = plain, notes
             self.flags = [(module, module.training) for module in plain.modules()]

@@ -19,7 +19,7 @@ from tests.ntk.test_ntk_refusals import refused
 SIZES = {"as many": 5, "twice as many": 10, "prime": 7, "two": 2}
 """Examples in the reference batch, against 5 and 3 that the kernel is of."""
 
-IMPLEMENTATIONS = ("structured", "jacobian_contraction")
+IMPLEMENTATIONS = ("structured", "jacobian_contraction", "ntk_vector_products")
 
 
 def normal(*shape: int, seed: int = 0) -> Tensor:
@@ -246,12 +246,35 @@ def test_operator_and_linearized_model(choice: str) -> None:
     operator = ntk.NtkOperator(model, x, **options)
     assert operator.statistics == exact.statistics
     assert error(operator @ np.eye(10), exact.flatten()) < 1e-10
+    other = batch(4, 2)
+    cross, between = ntk.empirical_ntk(model, x, other, **options), ntk.NtkOperator(model, x, other, **options)
+    assert between.statistics == cross.statistics
+    assert error(between @ np.eye(8), cross.flatten()) < 1e-10
+    assert error(between.T @ np.eye(10), cross.flatten().T) < 1e-10
     linear = ntk.linearize(model, **options)
     rows = jacobian(linear, x)
     assert error(exact.values, kernel(rows, rows)) < 1e-10
     linear.values[0].data.add_(0.1)  # linear in its weights, so that the kernel stays
     moved = jacobian(linear, x)
     assert error(exact.values, kernel(moved, moved)) < 1e-10
+
+
+@pytest.mark.parametrize("choice", ["reference", "frozen_reference"])
+def test_the_reference_batch_is_that_of_the_moment_of_construction(choice: str) -> None:
+    model, batch = build("called twice")
+    x, reference = batch(5, 1), batch(6, 3)
+    options = {"batch_statistics": choice, "reference": reference}
+    operator, linear = ntk.NtkOperator(model, x, **options), ntk.linearize(model, **options)
+    tracker = ntk.NtkTracker(model, x, **options)
+    before, output = operator @ np.eye(10), linear(x)
+    tracker.record(0)
+    reference.add_(1)
+    assert error(ntk.NtkOperator(model, x, **options) @ np.eye(10), before) > 1e-3
+    assert np.array_equal(operator @ np.eye(10), before)
+    assert torch.equal(linear(x), output)
+    tracker.record(1)
+    assert tracker.result.relative_change[1] == 0
+    assert operator.statistics in tracker.result.source
 
 
 WIDTH, SEEDS = 1024, range(12)

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 import ntk
 from ntk import errors
+from ntk.empirical import IMPLEMENTATIONS
 from tests.ntk.oracle import jacobian, kernel, mlp
 from tests.ntk.test_ntk_refusals import refused
 
@@ -74,7 +75,7 @@ LOGITS: dict[str, tuple[Callable[[Tensor, Tensor], object], object]] = {
 }
 
 
-@pytest.mark.parametrize("implementation", ["structured", "jacobian_contraction"])
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS[1:])
 @pytest.mark.parametrize("case", LOGITS)
 def test_a_part_of_what_is_returned(case: str, implementation: str) -> None:
     form, output = LOGITS[case]
@@ -91,6 +92,9 @@ def test_every_entry_takes_it() -> None:
     assert not shares["head"].values.any()  # the hidden layer does not depend on the head
     operator = ntk.NtkOperator(model, X, output="h")
     assert np.abs(operator @ np.eye(12) - expected.flatten()).max() < 1e-10
+    tracker = ntk.NtkTracker(model, X, output="h", reduce="none")
+    tracker.record(0)
+    assert abs(tracker.result.trace[0] / np.trace(expected.flatten()) - 1) < 1e-10
     linear = ntk.linearize(model, output="h")
     assert torch.equal(linear(X), plain(X))
     cross = ntk.empirical_ntk(model, X[:1], X[1:], output=lambda returned: returned["h"], reduce="trace")
@@ -155,7 +159,7 @@ class Spectrum(nn.Module):
         return self.head(torch.fft.fft(z * self.gain * self.phase).abs())
 
 
-@pytest.mark.parametrize("implementation", ["structured", "jacobian_contraction"])
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS[1:])
 def test_complex_inputs(implementation: str) -> None:
     torch.manual_seed(0)
     model, z = Spectrum(), torch.randn(3, 4, dtype=torch.complex64)

@@ -100,6 +100,8 @@ def test_wrappers_are_taken_off(name: str) -> None:
         chosen = ntk.empirical_ntk(model, X, params=["2.0.weight"])
         assert chosen.values.any()
         operator, linear = ntk.NtkOperator(model, X), ntk.linearize(model)
+        assert operator.notes == notes
+        assert all(note in operator.describe() for note in notes)
         assert np.abs(operator @ np.eye(10) - found.flatten()).max() < 1e-10
         assert "2.0.weight" in linear.params
         assert torch.equal(linear(X), network()(X))
@@ -192,6 +194,7 @@ ENTRIES: dict[str, Callable[[nn.Module, Tensor], np.ndarray]] = {
     "jacobian_contraction": lambda model, x: ntk.empirical_ntk(
         model, x, implementation="jacobian_contraction"
     ).flatten(),
+    "ntk_vector_products": lambda model, x: ntk.empirical_ntk(model, x, implementation="ntk_vector_products").flatten(),
     "operator": lambda model, x: ntk.NtkOperator(model, x) @ np.eye(10),
 }
 
