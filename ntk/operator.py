@@ -15,6 +15,7 @@ from ntk.projection import Projection, resolve_projection
 from ntk.snapshot import Snapshot
 from ntk.statistics import Statistics
 from ntk.vector_products import JacobianProducts, Metric, check_adjoint, vectors_at_once
+from ntk.wrappers import plain_surroundings
 
 REDUCTIONS = ("none", "trace", "sum")
 
@@ -101,10 +102,11 @@ class NtkOperator(LinearOperator):
             self.mode, self.statistics = describe_mode(plain, two_batches=x2 is not None, statistics=whose)
             how = snapshot.evaluation
             largest = max(run_batch(plain, x, multipliers, how, name).activation_bytes for name, x in inputs)
-        self._metric = Metric(multipliers, projections)
-        sides = [JacobianProducts(snapshot, x.detach().clone(), tuple(multipliers)) for _, x in inputs]
-        for side in sides:
-            check_adjoint(side, self._metric)
+            self._metric = Metric(multipliers, projections)
+            sides = [JacobianProducts(snapshot, x.detach().clone(), tuple(multipliers)) for _, x in inputs]
+            for side in sides:
+                check_adjoint(side, self._metric)
+        self._plain = snapshot.plain
         self._left, self._right = sides[0], sides[-1]
         n1, n2 = (side.output.numel() if reduce == "none" else len(side.output) for side in (self._left, self._right))
         super().__init__(np.dtype(str(self._left.output.dtype).removeprefix("torch.")), (n1, n2))
@@ -168,4 +170,5 @@ class NtkOperator(LinearOperator):
     def _chunks(self, cotangents: torch.Tensor, left: JacobianProducts, right: JacobianProducts) -> torch.Tensor:
         """Products with [k, n, o], a chunk at a time."""
         parts = cotangents.split(self.chunk)
-        return torch.cat([left.push(self._metric(right.pull(part))[0], len(part)) for part in parts])
+        with plain_surroundings(self._plain):
+            return torch.cat([left.push(self._metric(right.pull(part))[0], len(part)) for part in parts])

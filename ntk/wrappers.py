@@ -14,6 +14,25 @@ Plain = tuple[torch.nn.Module, tuple[str, ...]]
 
 
 @contextmanager
+def plain_surroundings(model: torch.nn.Module) -> Generator[None, None, None]:
+    """Switch autocast and inference mode off inside, in backward passes too.
+
+    Args:
+        model: The network, for its devices.
+
+    Yields:
+        Nothing.
+    """
+    kinds = {"cpu", *(value.device.type for value in model.parameters())}
+    with ExitStack() as stack:
+        stack.enter_context(torch.inference_mode(mode=False))
+        for kind in kinds:
+            if torch.is_autocast_enabled(kind):
+                stack.enter_context(torch.autocast(kind, enabled=False))
+        yield
+
+
+@contextmanager
 def measured(model: torch.nn.Module) -> Generator[Plain, None, None]:
     """Take wrappers off a model, and leave everything as it was afterwards.
 
@@ -30,12 +49,8 @@ def measured(model: torch.nn.Module) -> Generator[Plain, None, None]:
     Raises:
         WrappedModelError: The model is, or contains, a module that cannot be differentiated by its weights.
     """
-    kinds = {"cpu", *(value.device.type for value in model.parameters())}
     with ExitStack() as stack:
-        stack.enter_context(torch.inference_mode(mode=False))
-        for kind in kinds:
-            if torch.is_autocast_enabled(kind):
-                stack.enter_context(torch.autocast(kind, enabled=False))
+        stack.enter_context(plain_surroundings(model))
         if "torch._dynamo" in sys.modules:
             stack.enter_context(torch.compiler.set_stance("force_eager"))  # functions compiled inside a forward
         stack.enter_context(preserve_state(model))

@@ -215,6 +215,17 @@ def test_surroundings(name: str, entry: str) -> None:
     assert np.abs(found - flat).max() < 1e-10 * np.abs(flat).max()
 
 
+@pytest.mark.parametrize("entry", [*ENTRIES, "one product"])
+def test_autocast_rounds_no_pass(entry: str) -> None:
+    """It leaves float64 alone, and so the test above. Control: it rounds the outputs of the network."""
+    model, x = network().float(), X.float()
+    entries = ENTRIES | {"one product": lambda model, x: ntk.NtkOperator(model, x) @ np.ones(10)}
+    plain, output = entries[entry](model, x), model(x)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert np.abs(entries[entry](model, x) - plain).max() < 1e-6 * np.abs(plain).max()
+        assert (model(x) - output).abs().max() > 1e-4 * output.abs().max()
+
+
 @pytest.mark.parametrize("entry", ENTRIES)
 def test_a_model_made_in_inference_mode(entry: str) -> None:
     with torch.inference_mode():
