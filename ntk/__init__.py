@@ -4,6 +4,7 @@ import importlib
 from types import ModuleType
 
 from ntk.drift import NtkDrift, NtkTracker
+from ntk.eigenvalues import spectrum
 from ntk.empirical import empirical_ntk, layerwise_ntk
 from ntk.estimators import Estimate, SpectralDensity, estimate_trace, spectral_density
 from ntk.linearized import LinearizedModel, linearize
@@ -13,7 +14,7 @@ from ntk.planning import Plan, plan
 from ntk.projection import center_rows
 from ntk.regression import Prediction, predict
 from ntk.results import KernelResult
-from ntk.spectrum import Spectrum, spectrum
+from ntk.spectrum import Spectrum
 from ntk.state import preserve_state
 from ntk.width_study import Slope, WidthStudy, width_study
 

@@ -8,12 +8,12 @@ import numpy as np
 import torch
 
 from ntk.display import figure_svg, html_figure
+from ntk.eigenvalues import spectrum
 from ntk.empirical import empirical_ntk
 from ntk.outputs import OutputChoice
 from ntk.parameters import ParameterChoice
 from ntk.projection import Projection
 from ntk.results import KernelResult
-from ntk.spectrum import spectrum
 
 if TYPE_CHECKING:
     import xarray
