@@ -75,6 +75,28 @@ def resolve_projection(
     return chosen, _name(projection)
 
 
+def acts_on_rows(projection: Projection, weight: torch.Tensor) -> bool:
+    """Whether a map acts on each row of a weight alone, and on all alike, as found out on random weights.
+
+    Args:
+        projection: Linear map of the weight.
+        weight: Of which shape, type and device are used.
+    """
+    if projection is center_rows:
+        return True
+    if weight.ndim < 2:
+        return False
+    generator = torch.Generator().manual_seed(0)  # any numbers will do, and the global generator is left alone
+    trial = torch.randn(weight.shape, generator=generator).to(weight.dtype).to(weight.device)
+    try:
+        whole = projection(trial)
+        alone = torch.func.vmap(projection)(trial.unsqueeze(1)).squeeze(1)
+    except (RuntimeError, ValueError, IndexError):  # it wants the whole weight, or looks at values
+        return False
+    rounding = 200 * torch.finfo(weight.dtype).eps * float(trial.abs().max())
+    return whole.shape == alone.shape == trial.shape and float((whole - alone).abs().max()) <= rounding
+
+
 def apply_projection(projection: Projection, rows: torch.Tensor, name: str) -> torch.Tensor:
     """Project every row of a Jacobian.
 

@@ -27,18 +27,20 @@ class Share:
         shape: Of the parameter.
         uses: For each batch, (number of the call, factor).
         projection: Of its gradients, or None.
+        by_rows: Whether the projection acts on each row of the parameter, and on all alike.
     """
 
     name: str
     shape: tuple[int, ...]
     uses: tuple[list[tuple[int, Factor]], ...]
     projection: Projection | None
+    by_rows: bool = True
 
     @property
     def factored(self) -> bool:
         """Whether all uses are products of one form, and the projection acts on one side of them."""
         factors = [factor for uses in self.uses for _, factor in uses]
-        if self.projection not in (None, center_rows):
+        if not self.by_rows:
             return False
         forms = {
             (factor.derivative_first, *factor.sizes[:2], factor.sizes[3], factor.tokens is None, factor.order is None)
@@ -63,9 +65,7 @@ class Share:
         tokens = self.tokens_used()
         parts = [_cut(factor.left(tokens), n) for _, factor in self.uses[side] if isinstance(factor, Product)]
         joined = parts[0] if len(parts) == 1 else torch.cat(parts, -1)
-        if self.projection is center_rows and self._first.derivative_first:
-            joined = joined - joined.mean(2, keepdim=True)
-        return joined
+        return self._projected(joined, 2) if self._first.derivative_first else joined
 
     def right(self, side: int, derivatives: Derivatives, n: int) -> Tensor:
         """Sides of the derivatives of all uses, one after the other: [u, n, g, Q, P].
@@ -81,9 +81,18 @@ class Share:
             if isinstance(factor, Product)
         ]
         joined = parts[0] if len(parts) == 1 else torch.cat(parts, -1)
-        if self.projection is center_rows and not self._first.derivative_first:
-            joined = joined - joined.mean(3, keepdim=True)
-        return joined
+        return joined if self._first.derivative_first else self._projected(joined, 3)
+
+    def _projected(self, side: Tensor, axis: int) -> Tensor:
+        """A side of the outer products along which the rows of the parameter lie, each projected."""
+        if self.projection is None:
+            return side
+        if self.projection is center_rows:
+            return side - side.mean(axis, keepdim=True)
+        rows = side.movedim(axis, -1)
+        if self._first.order is not None:
+            rows = rows[..., self._first.order]
+        return self.projection(rows.reshape(-1, *self.shape[1:])).reshape(rows.shape).movedim(-1, axis)
 
     @property
     def _first(self) -> Product:

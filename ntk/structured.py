@@ -24,6 +24,7 @@ from ntk.capture import Capture
 from ntk.contraction import Contraction, Gradients, RowSource, contract, kernel_bytes, parameter_sources
 from ntk.forward import Batch, Evaluation, run_batch
 from ntk.memory import Needs
+from ntk.projection import acts_on_rows
 from ntk.shares import Derivatives, Share, bias_shares, outer, row_spans
 
 WORKING_BYTES = 2**31
@@ -116,12 +117,13 @@ def shares_of(recordings: Sequence[Recording], plan: Contraction) -> list[Share]
         for number, site in enumerate(part.capture.sites):
             for factor in site.factors:
                 uses.setdefault(factor.name, tuple([] for _ in recordings))[index].append((number, factor))
-    parameters = recordings[0].batch.parameters
-    return [
-        Share(name, tuple(parameters[name].shape), uses[name], plan.projections.get(name))
-        for name in plan.multipliers
-        if name in uses
-    ]
+    found = []
+    for name in plan.multipliers:
+        if name in uses:
+            parameter, projection = recordings[0].batch.parameters[name], plan.projections.get(name)
+            by_rows = projection is None or acts_on_rows(projection, parameter)
+            found.append(Share(name, tuple(parameter.shape), uses[name], projection, by_rows))
+    return found
 
 
 def _independent_sites(part: Recording) -> list[bool]:

@@ -3,11 +3,15 @@
 import sys
 from collections.abc import Generator
 from contextlib import ExitStack, contextmanager
+from operator import attrgetter
 
 import torch
 
 from ntk.errors import WrappedModelError
 from ntk.state import preserve_state
+
+_PRODUCTS = ("cuda.matmul", "cudnn.conv", "cudnn.rnn", "mkldnn.matmul", "mkldnn.conv", "mkldnn.rnn")
+"""In torch.backends, what has a precision of its own for float32."""
 
 Plain = tuple[torch.nn.Module, tuple[str, ...]]
 """A module without wrappers, and what was taken off it."""
@@ -15,7 +19,7 @@ Plain = tuple[torch.nn.Module, tuple[str, ...]]
 
 @contextmanager
 def plain_surroundings(model: torch.nn.Module) -> Generator[None, None, None]:
-    """Switch autocast and inference mode off inside, in backward passes too.
+    """Switch autocast, inference mode and products of reduced precision (TF32, bfloat16) off inside.
 
     Args:
         model: The network, for its devices.
@@ -29,7 +33,26 @@ def plain_surroundings(model: torch.nn.Module) -> Generator[None, None, None]:
         for kind in kinds:
             if torch.is_autocast_enabled(kind):
                 stack.enter_context(torch.autocast(kind, enabled=False))
+        stack.enter_context(full_precision())
         yield
+
+
+@contextmanager
+def full_precision() -> Generator[None, None, None]:
+    """Multiply float32 as float32 inside, whatever `torch.set_float32_matmul_precision` says.
+
+    Yields:
+        Nothing.
+    """
+    kinds = attrgetter(*_PRODUCTS)(torch.backends)
+    saved = [kind.fp32_precision for kind in kinds]
+    try:
+        for kind in kinds:
+            kind.fp32_precision = "ieee"
+        yield
+    finally:
+        for kind, precision in zip(kinds, saved, strict=True):
+            kind.fp32_precision = precision
 
 
 @contextmanager

@@ -11,10 +11,11 @@ from torch import Tensor, nn
 import ntk
 from ntk import blocks
 from ntk.capture import Capture
+from ntk.contraction import Contraction
 from ntk.convolution import convolve
 from ntk.forward import Evaluation
 from ntk.separable import separate
-from ntk.structured import record
+from ntk.structured import record, shares_of
 from tests.ntk.modules import Apply
 from tests.ntk.oracle import jacobian, kernel
 
@@ -198,3 +199,36 @@ def test_a_function_that_torch_does_not_see_is_not_taken_on_trust() -> None:
     x = torch.randn(5, 4).double()
     rows = jacobian(model, x)
     np.testing.assert_allclose(ntk.empirical_ntk(model, x).values, kernel(rows, rows).numpy(), rtol=0, atol=1e-12)
+
+
+def spatial_mean_taken_off(weight: Tensor) -> Tensor:
+    """What Mean Shift Rejection leaves of a kernel [out, in, h, w], arXiv 1911.13173."""
+    return weight - weight.mean((-2, -1), keepdim=True)
+
+
+ROW_WISE = {
+    "weight mean": (ntk.center_rows, True),
+    "spatial mean": (spatial_mean_taken_off, True),
+    "not symmetric": (lambda weight: weight.roll(1, -1) + 0.5 * weight, True),
+    "rows mixed": (lambda weight: weight - weight.mean(0), False),
+    "rows weighed": (lambda weight: weight * torch.arange(len(weight)).to(weight)[:, None, None, None], False),
+    "of one shape": (lambda weight: weight.reshape(4, 27).reshape(4, 3, 3, 3), False),
+}
+
+
+@pytest.mark.parametrize("name", ROW_WISE)
+def test_projections_of_rows_act_on_patches(name: str) -> None:
+    projection, by_rows = ROW_WISE[name]
+    torch.manual_seed(0)
+    layers = [nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Conv2d(4, 4, 2), nn.Tanh(), nn.Flatten(), nn.Linear(36, 3)]
+    model, x = nn.Sequential(*layers).double(), torch.randn(5, 3, 6, 6).double()
+    (part,) = record(model, [("x1", x)], ["0.weight"], Evaluation())
+    plan = Contraction(
+        "none", {"0.weight": 1.0}, {"0.weight": projection}, {"0.weight": ""}, None, lambda *counts: None
+    )
+    (share,) = shares_of([part], plan)
+    assert share.factored == by_rows
+    rows = jacobian(model, x)
+    rows["0.weight"] = torch.stack([torch.stack([projection(row) for row in rows]) for rows in rows["0.weight"]])
+    result = ntk.empirical_ntk(model, x, projection={"0.weight": projection})
+    np.testing.assert_allclose(result.values, kernel(rows, rows).numpy(), rtol=0, atol=1e-12)

@@ -318,3 +318,36 @@ def test_a_buffer_written_in_eval_mode() -> None:
     found = ntk.empirical_ntk(model, X)
     assert state_hash(model) == before
     assert agrees(found, model)
+
+
+class Precision(nn.Module):
+    """Notes how float32 products are made while it runs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(4, 2)
+        self.seen: list[str] = []
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.seen += [torch.backends.cuda.matmul.fp32_precision, torch.backends.mkldnn.matmul.fp32_precision]
+        return self.layer(x)
+
+
+@pytest.mark.parametrize("raises", [False, True])
+def test_products_of_reduced_precision_are_off_inside_and_on_again_after(raises: bool) -> None:
+    """TF32 on CUDA, bfloat16 in oneDNN."""
+    model, seen = Precision(), []
+    model.register_forward_hook(lambda module, inputs, output: seen.extend(module.seen))
+    before = torch.get_float32_matmul_precision()
+    try:
+        torch.set_float32_matmul_precision("medium")
+        if raises:
+            with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
+                ntk.empirical_ntk(model, torch.randn(5, 3))
+        else:
+            ntk.empirical_ntk(model, torch.randn(5, 4))
+            assert set(seen) == {"ieee"}
+        assert torch.get_float32_matmul_precision() == "medium"
+        assert torch.backends.cuda.matmul.fp32_precision == "tf32"
+    finally:
+        torch.set_float32_matmul_precision(before)
