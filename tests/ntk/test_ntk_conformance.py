@@ -212,8 +212,7 @@ def test_layouts_of_the_input_and_the_weights(route: str, layout: str, name: str
     assert x.grad is None
 
 
-@pytest.mark.parametrize("name", ["linear in place", "conv2d groups", "batch norm", "tied embedding"])
-@each_route
+@each_route_with("name", ["linear in place", "conv2d groups", "batch norm", "tied embedding"], every=2)
 @given(budget=st.integers(1, 60_000), reduce=st.sampled_from(["none", "trace", "sum"]), cross=st.booleans())
 @FEW
 def test_any_budget_of_memory(route: str, name: str, budget: int, reduce: str, cross: bool) -> None:
