@@ -6,6 +6,7 @@ Each check comes with a case in which it must complain.
 from __future__ import annotations
 
 import ast
+import json
 import re
 import shutil
 import subprocess
@@ -25,11 +26,56 @@ FOREIGN_LIMIT = 250
 stands for the time, which benchmarks/import_cost.py measures."""
 
 
-def loaded(statement: str, before: str = "") -> set[str]:
-    """The modules that the statement loads in a fresh interpreter, those that `before` loads not counted."""
-    program = f"import sys\n{before}\nold = set(sys.modules)\n{statement}\nprint(*sorted(set(sys.modules) - old))"
-    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True)
-    return set(done.stdout.split())
+STAGES = (
+    "import torch",
+    "import numpy",
+    "import ntk, mimicnorm, diagnostics",
+    "import mimicnorm.integrations, diagnostics.plots",
+    "import scipy.stats",
+    "import matplotlib",
+    "import xarray",
+    "ntk.analytic",
+)
+"""What one interpreter executes, one after the other; where the order matters, what may load least comes first."""
+
+TORCH, NUMPY, OURS, OPTIONAL, SCIPY_STATS, MATPLOTLIB, XARRAY, ANALYTIC = STAGES
+
+PROGRAM = f"""
+import warnings
+warnings.simplefilter("error")
+import os, random, sys
+def settings():
+    return (
+        random.getstate(), numpy.random.get_state()[1].tolist(), torch.random.get_rng_state().tolist(),
+        torch.get_default_dtype(), torch.get_num_threads(), torch.are_deterministic_algorithms_enabled(),
+        dict(os.environ),
+    )
+loaded, changed = {{}}, None
+for stage in {STAGES}:
+    old = set(sys.modules)
+    before = settings() if stage == {OURS!r} else None
+    exec(stage)
+    if before is not None:
+        changed = settings() != before
+        warnings.simplefilter("default")
+    loaded[stage] = sorted(set(sys.modules) - old)
+import json
+print(json.dumps([loaded, changed]))
+"""
+
+
+@pytest.fixture(scope="module")
+def found() -> tuple[dict[str, set[str]], bool]:
+    """The modules that each stage loads in a fresh interpreter, and whether our packages change a setting."""
+    done = subprocess.run([sys.executable, "-c", PROGRAM], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    loaded, changed = json.loads(done.stdout)
+    return {stage: set(modules) for stage, modules in loaded.items()}, changed
+
+
+@pytest.fixture(scope="module")
+def loaded(found: tuple[dict[str, set[str]], bool]) -> dict[str, set[str]]:
+    return found[0]
 
 
 def roots(modules: set[str]) -> set[str]:
@@ -40,51 +86,36 @@ def foreign(modules: set[str]) -> set[str]:
     return {name for name in modules if name.partition(".")[0] not in PACKAGES}
 
 
-def test_importing_the_packages_loads_nothing_heavy() -> None:
-    found = roots(loaded("import ntk, mimicnorm, diagnostics"))
-    assert set(PACKAGES) <= found
-    assert not found & HEAVY
+def test_importing_the_packages_loads_nothing_heavy(loaded: dict[str, set[str]]) -> None:
+    present = roots(loaded[TORCH] | loaded[NUMPY] | loaded[OURS])
+    assert set(PACKAGES) <= present
+    assert not present & HEAVY
+
+
+def test_nor_do_the_integrations_and_the_plots(loaded: dict[str, set[str]]) -> None:
+    present = set.union(*(loaded[stage] for stage in (TORCH, NUMPY, OURS, OPTIONAL)))
+    assert {"mimicnorm.integrations", "diagnostics.plots"} <= present
+    assert not roots(present) & (HEAVY | {"lightning", "transformers"})
 
 
 @pytest.mark.parametrize(
-    ("statement", "must_be_found"),
-    [
-        ("import ntk.analytic", {"jax", "jaxlib"}),
-        ("import ntk; ntk.analytic", {"jax", "jaxlib"}),
-        ("import ntk, mimicnorm, diagnostics, matplotlib", {"matplotlib"}),
-        ("import ntk, mimicnorm, diagnostics, xarray", {"xarray", "pandas"}),
-    ],
+    ("stage", "must_be_found"),
+    [(ANALYTIC, {"jax", "jaxlib"}), (MATPLOTLIB, {"matplotlib"}), (XARRAY, {"xarray", "pandas"})],
 )
-def test_the_check_for_heavy_modules_can_fail(statement: str, must_be_found: set[str]) -> None:
-    assert roots(loaded(statement)) & HEAVY >= must_be_found
+def test_the_check_for_heavy_modules_can_fail(stage: str, must_be_found: set[str], loaded: dict[str, set[str]]) -> None:
+    assert roots(loaded[stage]) & HEAVY >= must_be_found
 
 
-def test_an_import_costs_few_modules_beyond_torch() -> None:
-    assert len(foreign(loaded("import ntk, mimicnorm, diagnostics", before="import torch"))) <= FOREIGN_LIMIT
+def test_an_import_costs_few_modules_beyond_torch(loaded: dict[str, set[str]]) -> None:
+    assert len(foreign(loaded[NUMPY] | loaded[OURS])) <= FOREIGN_LIMIT
 
 
-def test_the_count_of_modules_can_fail() -> None:
-    beyond = foreign(loaded("import ntk, mimicnorm, diagnostics, scipy.stats", before="import torch"))
-    assert len(beyond) > FOREIGN_LIMIT
+def test_the_count_of_modules_can_fail(loaded: dict[str, set[str]]) -> None:
+    assert len(foreign(loaded[NUMPY] | loaded[OURS] | loaded[SCIPY_STATS])) > FOREIGN_LIMIT
 
 
-def test_an_import_changes_no_setting() -> None:
-    program = """
-import warnings
-warnings.simplefilter("error")
-import os, random
-import numpy, torch
-def settings():
-    return (
-        random.getstate(), numpy.random.get_state()[1].tolist(), torch.random.get_rng_state().tolist(),
-        torch.get_default_dtype(), torch.get_num_threads(), torch.are_deterministic_algorithms_enabled(),
-        dict(os.environ),
-    )
-before = settings()
-import ntk, mimicnorm, diagnostics
-assert settings() == before
-"""
-    subprocess.run([sys.executable, "-c", program], cwd=ROOT, check=True)
+def test_an_import_changes_no_setting(found: tuple[dict[str, set[str]], bool]) -> None:
+    assert found[1] is False
 
 
 # ---------------------------------------------------------------------------------------------------------- source code
