@@ -1,5 +1,7 @@
 """Whole networks: against the recursions, and their finite forms against their kernels."""
 
+from collections.abc import Iterator
+
 import jax
 import numpy as np
 import pytest
@@ -71,6 +73,18 @@ def test_a_convolution_over_one_pixel_is_dense(norm: str, readout: str) -> None:
         np.testing.assert_allclose(found.ntk, expected.ntk, rtol=0, atol=1e-12 * np.abs(expected.ntk).max())
 
 
+@pytest.fixture
+def fast_to_compile() -> Iterator[None]:
+    """Compile without optimizations: what draws networks is compiled anew for each width, which takes most of the time.
+
+    A flag of XLA, not of the precision: errors of rounding are beyond what these tests resolve.
+    """
+    before = jax.config.read("jax_disable_most_optimizations")
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", before)
+
+
 def sampled_kernels(network: tuple, x: Array, samples: int, group: int = 1) -> Array:
     """Empirical NTKs, each the mean over ``group`` networks [samples / group, n, n], from nt.monte_carlo_kernel_fn."""
     draw = nt.monte_carlo_kernel_fn(*network[:2], jax.random.PRNGKey(0), range(group, samples + 1, group))
@@ -87,6 +101,7 @@ def slope_and_error(x: Array, log_errors: Array) -> tuple[float, float]:
     return float(weights @ log_errors.mean(axis=1)), float(np.sqrt(weights**2 @ spread))
 
 
+@pytest.mark.usefixtures("fast_to_compile")
 @pytest.mark.parametrize(
     ("stack", "norm"),
     [(stack, norm) for stack in ("dense", "convolutional", "residual") for norm in NORMS]
@@ -106,6 +121,7 @@ def test_finite_networks_approach_their_kernel(stack: str, norm: str) -> None:
     assert abs(slope + 0.5) < 0.1
 
 
+@pytest.mark.usefixtures("fast_to_compile")
 @pytest.mark.parametrize(
     ("stack", "norm", "other"), [("dense", "weight_mean", "none"), ("gain and shift", "batch_norm", "batch_norm")]
 )
@@ -120,6 +136,7 @@ def test_the_same_slope_refuses_another_kernel(stack: str, norm: str, other: str
     assert slope_and_error(np.array(widths[1:]), np.array(errors))[0] > -0.25
 
 
+@pytest.mark.usefixtures("fast_to_compile")
 def test_more_samples_are_as_good_as_more_width() -> None:
     # At one width, the mean of n networks: again 1/√n, until the bias of that width shows.
     build, x, _, _ = STACKS["dense"]
