@@ -75,7 +75,7 @@ def sketch(
     """
     try:
         return record(model, inputs, names, evaluation, sketch_batch)
-    except (RuntimeError, NotImplementedError, AssertionError, TypeError):
+    except Exception:  # whatever a model says of tensors without values; on real ones it may have no complaint
         return None
 
 
