@@ -114,7 +114,7 @@ class NtkTracker:
         implementation: str = "auto",
         projection: Projection | Mapping[str, Projection] | None = None,
         params: ParameterChoice = None,
-        max_memory: int | None = None,
+        max_memory: int | str | None = None,
         dtype: torch.dtype | None = None,
         batch_statistics: str = "batch",
         reference: torch.Tensor | None = None,

@@ -8,6 +8,7 @@ from scipy.sparse.linalg import LinearOperator
 
 from ntk.errors import AsymmetricKernelError, MemoryBudgetError, NonFiniteKernelError
 from ntk.lanczos import ends
+from ntk.memory import parse_memory
 from ntk.operator import NtkOperator
 from ntk.results import KernelResult
 from ntk.spectrum import Spectrum, float_dtype
@@ -24,7 +25,7 @@ def spectrum(
     *,
     k: Count = None,
     tolerance: float = 1e-6,
-    max_memory: int | None = None,
+    max_memory: int | str | None = None,
     exact: LinearOperator | None = None,
 ) -> Spectrum:
     """Eigenvalues of a kernel, in float64 whatever its dtype.
@@ -57,7 +58,7 @@ def spectrum(
     if not 0 < tolerance < 1:
         raise ValueError(f"tolerance must be between 0 and 1, a residual over its eigenvalue; got {tolerance}.")
     if isinstance(kernel, LinearOperator):
-        return _of_operator(kernel, k, tolerance, max_memory, exact)
+        return _of_operator(kernel, k, tolerance, parse_memory(max_memory), exact)
     if isinstance(kernel, KernelResult):
         if not kernel.symmetric:
             raise AsymmetricKernelError(

@@ -9,6 +9,7 @@ from scipy.sparse.linalg import LinearOperator
 from ntk.checks import check_inputs, check_model, describe_mode
 from ntk.errors import NonFiniteKernelError, UnknownNameError
 from ntk.forward import Evaluation, run_batch
+from ntk.memory import parse_memory
 from ntk.outputs import OutputChoice
 from ntk.parameters import ParameterChoice, select_parameters
 from ntk.projection import Projection, resolve_projection
@@ -52,7 +53,7 @@ class NtkOperator(LinearOperator):
         reduce: str = "none",
         projection: Projection | Mapping[str, Projection] | None = None,
         params: ParameterChoice = None,
-        max_memory: int | None = None,
+        max_memory: int | str | None = None,
         dtype: torch.dtype | None = None,
         chunk: int | None = None,
         batch_statistics: str = "batch",
@@ -68,7 +69,7 @@ class NtkOperator(LinearOperator):
             reduce: "none"; "trace", the mean over outputs, for which a product costs o pairs of passes; or "sum".
             projection: As in `ntk.empirical_ntk`; it must be differentiable, as its transpose is needed.
             params: As in `ntk.empirical_ntk`.
-            max_memory: Bytes that the vectors in flight may take, beside the graphs.
+            max_memory: Bytes that the vectors in flight may take, beside the graphs; a number, or such as "1GiB".
             dtype: torch.float32 or torch.float64 to compute in; None for the type of the model. In float32 products
                 carry a rounding of about 1e-7 λmax, so that small eigenvalues want float64.
             chunk: Vectors to multiply at once at most; None chooses by memory.
@@ -110,7 +111,7 @@ class NtkOperator(LinearOperator):
         self._left, self._right = sides[0], sides[-1]
         n1, n2 = (side.output.numel() if reduce == "none" else len(side.output) for side in (self._left, self._right))
         super().__init__(np.dtype(str(self._left.output.dtype).removeprefix("torch.")), (n1, n2))
-        self.chunk = vectors_at_once(largest, sides, max_memory) if chunk is None else chunk
+        self.chunk = vectors_at_once(largest, sides, parse_memory(max_memory)) if chunk is None else chunk
 
     def describe(self) -> str:
         """The convention in one line, as `KernelResult.describe` gives it."""

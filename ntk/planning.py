@@ -28,7 +28,7 @@ from ntk.results import AXES
 from ntk.shares import Share, bias_shares
 from ntk.statistics import Statistics
 from ntk.structured import Recording, record, shares_of
-from ntk.tiles import Inputs, Tiling, choose_tiling, sketch
+from ntk.tiles import FORWARD, Inputs, Tiling, choose_tiling, sketch
 from ntk.wrappers import measured
 
 LABELS = {"structured": "structured", "jacobian_contraction": "Jacobian", "ntk_vector_products": "products"}
@@ -205,7 +205,8 @@ def _judge(
     contraction: Contraction,
 ) -> Plan:
     """Count each route, and choose as `ntk.empirical_ntk` does."""
-    work = _Work(recordings, contraction)
+    tiling = choose_tiling(recordings, contraction)
+    work = _Work(recordings, contraction, tiling)
     shares = {share.name: share for share in shares_of(recordings, contraction)}
     unruled = [name for name in contraction.multipliers if name not in shares]
     passes = _forward_operations(model, inputs, evaluation) - sum(work.forward(share) for share in shares.values())
@@ -217,7 +218,7 @@ def _judge(
         elif any(name in part.capture.connected(part.batch.output) for part in recordings):
             size = recordings[0].batch.parameters[name].numel()
             layers.append(work.without_rule(name, size, max(0.0, passes) / len(unruled)))
-    tiling = choose_tiling(recordings, contraction) if work.apart else None
+    tiling = tiling if work.apart else None
     fits = contraction.max_memory is None or tiling is not None or not work.apart
     return Plan("structured" if fits else "jacobian_contraction", tuple(layers), work.held, tiling, work.describe())
 
@@ -225,13 +226,14 @@ def _judge(
 class _Work:
     """Counts for one kernel."""
 
-    def __init__(self, recordings: Sequence[Recording], contraction: Contraction) -> None:
+    def __init__(self, recordings: Sequence[Recording], contraction: Contraction, tiling: Tiling | None) -> None:
         outputs = [part.batch.output for part in recordings]
         self.recordings, self.reduce = recordings, contraction.reduce
         self.size = outputs[0].element_size()
         self.examples = len(outputs[0]), len(outputs[-1])
         self.sides = len(recordings)
         self.o = outputs[0].shape[1]
+        self.passes = self._outputs if tiling is None else tiling.passes - FORWARD * tiling.repeats
         self.apart = all(part.capture.coupled == 0 for part in recordings)
         per_example = self.o if contraction.reduce == "none" else 1
         shape = self.examples[0] * per_example, self.examples[1] * per_example
@@ -323,7 +325,7 @@ class _Work:
         )
         way = min(("positions", "outer"), key=ways().__getitem__)
         lefts = self.size * sum(share.fixed_entries(side, self.examples[side]) for side in range(self.sides))
-        return way, Cost(outputs * backward + 2 * ways(elementwise=0)[way], held + lefts)
+        return way, Cost(self.passes * backward + 2 * ways(elementwise=0)[way], held + lefts)
 
     def _passes_back(self, share: Share) -> bool:
         """Whether derivatives are taken by the input of a layer; not so at the first one."""

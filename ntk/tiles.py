@@ -95,6 +95,11 @@ class Tiling:
     outputs: int
     passes: float
 
+    @property
+    def repeats(self) -> int:
+        """How often each example is run."""
+        return _times(self.tiles)
+
 
 def choose_tiling(recordings: Sequence[Recording], plan: Contraction) -> Tiling | None:
     """The tiling with the fewest passes that fits; all examples at once where examples meet, or may do so.
@@ -128,7 +133,6 @@ def choose_tiling(recordings: Sequence[Recording], plan: Contraction) -> Tiling 
 
 
 def _times(tiles: int) -> int:
-    """How often each example is run."""
     return tiles + 1 if tiles > 1 else 1
 
 
