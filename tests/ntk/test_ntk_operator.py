@@ -230,7 +230,7 @@ def test_read_only_vectors_are_taken() -> None:
 
 def test_memory_in_words() -> None:
     model, x, _ = build("mlp")
-    in_words, in_bytes = (NtkOperator(model, x, max_memory=bound) for bound in ("1MiB", 2**20))
+    in_words, in_bytes = (ntk.NtkOperator(model, x, max_memory=bound) for bound in ("1MiB", 2**20))
     assert in_words.chunk == in_bytes.chunk
     found, expected = (ntk.spectrum(in_words, k=1, max_memory=bound).eigenvalues for bound in ("1MiB", 2**20))
     np.testing.assert_array_equal(found, expected)
