@@ -1,6 +1,10 @@
-"""What the README states about the methods is what there is."""
+"""What the README states about the methods, and shows of the empirical NTK, is what there is."""
 
+import re
 from pathlib import Path
+
+import pytest
+import torch
 
 import mimicnorm
 
@@ -14,3 +18,12 @@ def test_the_table_of_methods_is_the_catalogue() -> None:
         [f"`{name}`", f"`{cls.__name__}`", cls.source.partition(";")[0], "reconstruction" if cls.reconstruction else ""]
         for name, cls in mimicnorm.METHODS.items()
     ]
+
+
+def test_the_empirical_ntk_in_the_readme_prints_what_stands_there(capsys: pytest.CaptureFixture[str]) -> None:
+    """The plan and the route; figures that depend on the build of torch are not in the README."""
+    section = README.read_text().partition("<!-- ntk: begin.")[2].partition("<!-- ntk: end -->")[0]
+    program, printed = re.findall(r"^```\w+\n(.*?)^```", section, re.MULTILINE | re.DOTALL)
+    with torch.random.fork_rng():
+        exec(program, {})
+    assert capsys.readouterr().out.startswith(printed)
