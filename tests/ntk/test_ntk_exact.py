@@ -271,7 +271,7 @@ def test_layerwise_cross_kernel() -> None:
 
 
 def test_float32_is_what_its_dtype_explains() -> None:
-    """Twice the error of the naive loop run in float32, over 12 networks, as the largest of a few roundings scatters."""
+    """Twice the error of the naive loop run in float32, over 12 networks: a maximum of few roundings scatters."""
     ratios = []
     for seed in range(12):
         model, x, _ = build("conv with BatchNorm", n1=6, seed=seed)
