@@ -363,9 +363,9 @@ class _Work:
 
 def _forward_operations(model: torch.nn.Module, inputs: Inputs, evaluation: Evaluation) -> float:
     """Operations of a forward pass over all batches, counted by torch; 0 for a model that looks at values."""
-    counter = FlopCounterMode(display=False)
+    counter, mode = FlopCounterMode(display=False), FakeTensorMode(allow_non_fake_inputs=True)
     try:
-        with FakeTensorMode(allow_non_fake_inputs=True) as mode, counter, torch.no_grad():
+        with counter, torch.no_grad():
             parameters = {name: mode.from_tensor(value.detach()) for name, value in model.named_parameters()}
             for argument, x in inputs:
                 moments = evaluation.moments(model, x, parameters, parameters)

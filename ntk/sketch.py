@@ -34,7 +34,9 @@ def sketch_batch(
         RuntimeError: The model cannot be run without values, because it looks at them.
     """
     selected = set(names)
-    with FakeTensorMode(allow_non_fake_inputs=True) as mode, torch.enable_grad():
+    # The mode is not entered: what the model makes itself, and may keep somewhere, is then a tensor like any other.
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    with torch.enable_grad():
         shape = lambda value: mode.from_tensor(cast(value.detach(), evaluation.dtype))
         parameters = {name: shape(value) for name, value in model.named_parameters()}
         for name in selected:
