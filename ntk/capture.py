@@ -10,15 +10,14 @@ the tensor, not the edge. A model that differentiates inside its forward pass re
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Self
 
 import torch
-from torch.autograd.function import BackwardCFunction
 from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves, tree_map
 
-from ntk.convolution import LAYOUTS, Convolution, convolve
+from ntk.convolution import LAYOUTS, convolve
 from ntk.examplewise import keeps_examples_apart, normalizes_over_batch
 from ntk.factors import Factor
 from ntk.layer_rules import find_rule
@@ -53,6 +52,7 @@ class Capture(TorchFunctionMode):
         sites: Calls recorded, in their order.
         coupled: How many of the first sites lie before a layer that normalizes over the batch.
         doubtful: How many of the first sites lie before a call of which it is not known that it keeps examples apart.
+        normalized: Whether there is such a layer, be it the first of the model.
     """
 
     def __init__(self, excluded: set[str]) -> None:
@@ -66,6 +66,8 @@ class Capture(TorchFunctionMode):
         self.sites: list[Site] = []
         self.coupled = 0
         self.doubtful = 0
+        self.normalized = False
+        self._nodes_seen = _nodes_made()
         self._every: dict[int, str] = {}
         self._names: dict[int, str] = {}
         self._parameters: dict[str, torch.Tensor] = {}
@@ -93,16 +95,35 @@ class Capture(TorchFunctionMode):
         """
         kwargs = kwargs or {}
         before = len(self.sites)
+        self._notice_unseen()
         if _inside_transform():
             self.doubtful = before
         if not torch.is_grad_enabled() or _inside_transform():
-            return func(*args, **kwargs)
+            output = func(*args, **kwargs)
+            self._nodes_seen = _nodes_made()
+            return output
         output = self._record(func, args, kwargs)
+        self._nodes_seen = _nodes_made()
         if normalizes_over_batch(func, args, kwargs):
-            self.coupled = before
+            self.coupled, self.normalized = before, True
         elif not keeps_examples_apart(func, args, kwargs, output) and _may_carry_gradients(output):
             self.doubtful = before
         return output
+
+    def __enter__(self) -> Self:
+        """Start to watch."""
+        self._nodes_seen = _nodes_made()
+        return super().__enter__()
+
+    def __exit__(self, *exception: object) -> None:
+        """Stop watching."""
+        self._notice_unseen()
+        super().__exit__(*exception)
+
+    def _notice_unseen(self) -> None:
+        """Doubt what others computed past `__torch_function__`, in an autograd.Function or TorchScript."""
+        if _nodes_made() != self._nodes_seen:
+            self.doubtful = len(self.sites)
 
     def _record(self, func: Callable, args: Sequence, kwargs: dict) -> Any:
         """Run one function, and note the call if all that its parameters reach is its output."""
@@ -111,11 +132,11 @@ class Capture(TorchFunctionMode):
         names = Counter(factor.name for factor in factors)
         sources = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)] if factors else []
         if names != Counter(name for leaf in sources if (name := self._named(leaf)) in names):
-            return _run(func, args, kwargs)  # a weight that is its own input has a second gradient
+            return _run(func, args, kwargs, ())  # a weight that is its own input has a second gradient
         aliases = {id(self._parameters[name]): self._parameters[name].detach().requires_grad_() for name in names}
         if aliases:
             args, kwargs = tree_map(lambda leaf: aliases.get(id(leaf), leaf), (args, kwargs))
-        output = _run(func, args, kwargs)
+        output = _run(func, args, kwargs, aliases.values())
         if not factors or output.numel() == 0:  # nothing depends on an empty output
             return output
         if output._is_view():  # an in-place operation on a view would reroute the graph around it
@@ -154,16 +175,9 @@ class Capture(TorchFunctionMode):
         leaves = {id(getattr(node, "variable", None)) for node in ancestors(output)} | {id(output)}
         return {self._every[key] for key in leaves if key in self._every}
 
-    def doubtful_sites(self, output: torch.Tensor) -> range:
-        """Numbers of the sites of which it must be tested whether examples meet behind them.
-
-        Args:
-            output: Of the model.
-        """
-        own = Convolution._backward_cls
-        # What others write as an autograd.Function goes past __torch_function__.
-        custom = any(isinstance(node, BackwardCFunction) and not isinstance(node, own) for node in ancestors(output))
-        return range(self.coupled, len(self.sites) if custom else self.doubtful)
+    def doubtful_sites(self) -> range:
+        """Numbers of the sites of which it must be tested whether examples meet behind them."""
+        return range(self.coupled, self.doubtful)
 
     def leaks(self, output: torch.Tensor) -> set[str]:
         """Recorded parameters that must not have been: also used without a rule, or with inputs changed in place.
@@ -187,11 +201,13 @@ class Capture(TorchFunctionMode):
         ]
 
 
-def _run(func: Callable, args: Sequence, kwargs: dict) -> Any:
-    """Run one function, a convolution in its faster form."""
-    if func in LAYOUTS:
+def _run(func: Callable, args: Sequence, kwargs: dict, aliases: Iterable[torch.Tensor]) -> Any:
+    """Run one function, a convolution in its faster form if it need not be differentiated by its weight and bias."""
+    known = {id(alias) for alias in aliases}
+    rest = [leaf for leaf in (*args[1:], *kwargs.values()) if isinstance(leaf, torch.Tensor)]
+    if func in LAYOUTS and all(id(leaf) in known or not leaf.requires_grad for leaf in rest):
         return convolve(func, *args, **kwargs)
-    if func in _OF_LAYOUT and isinstance(args[0], torch.Tensor):
+    if func in _OF_LAYOUT and args and isinstance(args[0], torch.Tensor):
         args = args[0].contiguous(), *args[1:]
     return func(*args, **kwargs)
 
@@ -200,6 +216,11 @@ def _may_carry_gradients(output: object) -> bool:
     """Whether what a call returns may depend on parameters; a call that returns nothing has changed something."""
     leaves = tree_leaves(output)
     return output is None or any(isinstance(leaf, torch.Tensor) and leaf.requires_grad for leaf in leaves)
+
+
+def _nodes_made() -> int:
+    """Nodes of autograd graphs that this thread has made so far."""
+    return torch.autograd._get_sequence_nr()
 
 
 def _inside_transform() -> bool:

@@ -27,11 +27,15 @@ def keeps_examples_apart(function: Callable, args: Sequence, kwargs: dict, outpu
     if function in _BATCH_NORMS:
         return not normalizes_over_batch(function, args, kwargs)
     condition = _CONDITIONS.get(function)
-    return condition is not None and isinstance(output, Tensor) and condition(output, *args, **kwargs)
+    if condition is None or not isinstance(output, Tensor) or "out" in kwargs:
+        return False
+    if output._is_view() and any(output is value for value in args):  # what it is a view of has changed, too
+        return False
+    return condition(output, *args, **kwargs)
 
 
 def _elementwise(output: Tensor, input: Tensor, *args: object, **kwargs: object) -> bool:
-    return output.shape == input.shape and input.ndim > 0
+    return output.shape == input.shape and input.ndim > 0 and _fixed(args, kwargs)
 
 
 def _leading_axis(output: Tensor, input: Tensor, *args: object, **kwargs: object) -> bool:
@@ -69,12 +73,13 @@ def _matmul(output: Tensor, input: object, other: object) -> bool:
 
 def _along(output: Tensor, input: Tensor, dim: object = None, *args: object, **kwargs: object) -> bool:
     """Over named axes, none of which is the leading one."""
-    axes = dim if isinstance(dim, Iterable) else [dim]
-    return all(isinstance(axis, int) and axis % input.ndim != 0 for axis in axes) and axes != []
+    axes = list(dim) if isinstance(dim, Iterable) else [dim]
+    named = input.ndim > 0 and len(axes) > 0  # torch takes an empty list for all axes
+    return named and all(isinstance(axis, int) and axis % input.ndim != 0 for axis in axes)
 
 
-def _trailing(output: Tensor, input: Tensor, shape: Sequence[int], *args: object, **kwargs: object) -> bool:
-    return len(shape) < input.ndim and _fixed(args, kwargs)
+def _trailing(output: Tensor, input: Tensor, normalized_shape: Sequence[int], *args: object, **kwargs: object) -> bool:
+    return len(normalized_shape) < input.ndim and _fixed(args, kwargs)
 
 
 def _others_fixed(output: Tensor, input: Tensor, *args: object, **kwargs: object) -> bool:

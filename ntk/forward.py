@@ -278,7 +278,7 @@ def _check_repeats(
     with module_outputs(model) as sizes:
         moments = evaluation.moments(model, x, parameters, parameters)
         again = as_rows(evaluation.outputs(model, x, parameters, moments, argument), len(x), argument)
-    difference, scale, allowed = _compare(again, output)
+    difference, scale, allowed = compare(again, output)
     if difference > allowed:
         raise NondeterministicModelError(
             f"model must give one output for one input, and two runs on {argument} differ by up to {difference:.3g} "
@@ -304,7 +304,7 @@ def _check_apart(
     """
     half = x[: len(x) // 2]
     alone = as_rows(evaluation.outputs(model, half, parameters, moments, argument), len(half), argument)
-    difference, scale, allowed = _compare(alone, output[: len(half)])
+    difference, scale, allowed = compare(alone, output[: len(half)])
     if difference > allowed:
         raise StatisticsError(
             f"batch_statistics={evaluation.statistics.choice!r} makes a kernel of two examples, but an output on "
@@ -313,8 +313,13 @@ def _check_apart(
         )
 
 
-def _compare(first: torch.Tensor, second: torch.Tensor) -> tuple[float, float, float]:
-    """Largest difference of two outputs, largest output, and what rounding may make the difference."""
+def compare(first: torch.Tensor, second: torch.Tensor) -> tuple[float, float, float]:
+    """Largest difference of two outputs, largest output, and what rounding may make the difference.
+
+    Args:
+        first: [n, o]
+        second: [n, o]
+    """
     first, second = first.detach(), second.detach()
     scale = float(second.abs().max())
     return float((first - second).abs().max()), scale, torch.finfo(second.dtype).eps ** 0.5 * scale

@@ -136,7 +136,7 @@ def _independent_sites(part: Recording) -> list[bool]:
     found = [
         number >= coupled and site.shape[:1] > (0,) and site.shape[0] % n == 0 for number, site in enumerate(sites)
     ]
-    tested = [number for number in part.capture.doubtful_sites(output) if found[number]]
+    tested = [number for number in part.capture.doubtful_sites() if found[number]]
     if not tested:
         return found
     generator = torch.Generator().manual_seed(0)  # any numbers will do, and the global generator is left alone

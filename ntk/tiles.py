@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 
 from ntk.contraction import Contraction
-from ntk.forward import Evaluation
+from ntk.forward import Evaluation, cast, compare
 from ntk.memory import Needs
+from ntk.outputs import as_rows
 from ntk.sketch import sketch_batch
 from ntk.structured import Recording, contract_structured, record, shares_of, working_memory
 
@@ -42,7 +43,7 @@ def contract_by_examples(
     """
     drawn = None if plan.max_memory is None else sketch(model, inputs, names, evaluation)
     tiling = None if drawn is None else choose_tiling(drawn, plan)
-    if plan.max_memory is None or tiling is None or tiling.tiles == 1:
+    if plan.max_memory is None or tiling is None or not _may_be_cut(model, inputs, tiling, evaluation):
         return contract_structured(record(model, inputs, names, evaluation), plan)
     counts = len(inputs[0][1]), len(inputs[-1][1])
     pairs = list(_tile_pairs(counts, tiling.examples, symmetric=len(inputs) == 1))
@@ -139,8 +140,34 @@ def _times(tiles: int) -> int:
 def _apart(part: Recording) -> bool:
     """Whether it is known, without a test, that no example acts on another on the way to the output."""
     output, capture = part.batch.output, part.capture
-    certain = capture.coupled == 0 and not capture.doubtful_sites(output) and not capture.connected(output)
+    certain = not (capture.normalized or capture.doubtful_sites() or capture.connected(output))
     return certain and all(site.shape[:1] == output.shape[:1] for site in capture.sites)
+
+
+def _may_be_cut(model: torch.nn.Module, inputs: Inputs, tiling: Tiling, evaluation: Evaluation) -> bool:
+    """Whether there is more than one tile, and examples have the outputs in a tile that they have in any other."""
+    apart = tiling.tiles > 1 and evaluation.statistics.choice != "frozen"  # which is of the whole batch
+    return apart and all(_alike_in_tiles(model, x, tiling.examples, evaluation, name) for name, x in inputs)
+
+
+def _alike_in_tiles(model: torch.nn.Module, x: Tensor, size: int, evaluation: Evaluation, argument: str) -> bool:
+    """Whether outputs are the same in two tiles that overlap: examples may meet without derivatives, too."""
+    if len(x) <= size:
+        return True
+    shift = (max(size, 2) + 1) // 2
+    outputs = []
+    with torch.enable_grad():  # a model may differentiate inside its forward pass
+        for tile in (x[: max(size, 2)], x[shift : shift + size]):
+            parameters = {name: cast(p.detach(), evaluation.dtype).clone() for name, p in model.named_parameters()}
+            try:
+                moments = evaluation.moments(model, tile, parameters, parameters)
+                returned = evaluation.outputs(model, tile, parameters, moments, argument)
+                outputs.append(as_rows(returned, len(tile), argument))
+            except (RuntimeError, ValueError, IndexError):  # it does not take so few
+                return False
+    common = min(len(outputs[0]) - shift, len(outputs[1]))
+    difference, _, allowed = compare(outputs[1][:common], outputs[0][shift : shift + common])
+    return difference <= allowed
 
 
 def _tile_pairs(counts: tuple[int, int], size: int, *, symmetric: bool) -> Iterator[tuple[slice, slice]]:

@@ -11,7 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import ntk
 from ntk import blocks, errors, tiles
-from tests.ntk.modules import MODULES
+from tests.ntk.modules import MODULES, Apply
 from tests.ntk.modules import build as build_module
 from tests.ntk.oracle import jacobian, kernel, least_memory, state_hash
 
@@ -145,6 +145,53 @@ def test_tiles_of_examples(reduce: str, cross: bool, monkeypatch: pytest.MonkeyP
         -(-21 // plan.tiling.examples) * -(-13 // plan.tiling.examples) if cross else count * (count + 1) // 2
     )
     np.testing.assert_allclose(result.values, expected.numpy(), atol=1e-10 * float(expected.abs().max()), rtol=0)
+
+
+def without_graph(h: torch.Tensor) -> torch.Tensor:
+    with torch.no_grad():
+        return h.mean(0)
+
+
+NOT_DIVISIBLE = {
+    "batch norm first": lambda: nn.Sequential(nn.BatchNorm1d(4), *mlp(4, 40, 3)),
+    "batch norm first, no affine": lambda: nn.Sequential(nn.BatchNorm1d(4, affine=False), *mlp(4, 40, 3)),
+    "centred inputs": lambda: Apply(lambda s, x: s.net(x - x.mean(0)), net=mlp(4, 40, 3)),
+    "mean without a graph": lambda: Apply(lambda s, x: s.net(x - without_graph(x)), net=mlp(4, 40, 3)),
+    "place in the batch": lambda: Apply(lambda s, x: s.net(x + torch.arange(len(x))[:, None]), net=mlp(4, 40, 3)),
+}
+
+
+@pytest.mark.parametrize("name", NOT_DIVISIBLE)
+def test_examples_that_meet_without_derivatives_are_not_tiled(name: str) -> None:
+    torch.manual_seed(0)
+    model, x = NOT_DIVISIBLE[name]().double(), torch.randn(24, 4, dtype=torch.float64)
+    whole = ntk.empirical_ntk(model, x, reduce="trace").values
+    result = ntk.empirical_ntk(model, x, reduce="trace", max_memory=40_000)
+    np.testing.assert_allclose(result.values, whole, rtol=0, atol=1e-10 * np.abs(whole).max())
+    alike = mlp(4, 40, 3).double()
+    assert ntk.plan(alike, x, reduce="trace", max_memory=40_000).tiling.tiles > 1
+
+
+def test_constant_statistics_are_those_of_the_whole_batch() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 40), nn.BatchNorm1d(40), nn.ReLU(), nn.Linear(40, 3)).double()
+    x = torch.randn(24, 4, dtype=torch.float64)
+    compute = partial(ntk.empirical_ntk, model, x, reduce="trace", batch_statistics="frozen")
+    np.testing.assert_allclose(compute(max_memory=67_000).values, compute().values, rtol=1e-10, atol=1e-12)
+
+
+def test_what_a_model_keeps_from_a_plan_can_be_used_afterwards() -> None:
+    kept = {}
+
+    def forward(s: Apply, x: torch.Tensor) -> torch.Tensor:
+        if "positions" not in kept:
+            kept["positions"] = torch.arange(4, dtype=x.dtype)
+        return s.layer(x + kept["positions"])
+
+    model, x = Apply(forward, layer=nn.Linear(4, 2)), torch.randn(3, 4)
+    ntk.plan(model, x)
+    assert type(kept["positions"]) is torch.Tensor
+    assert torch.isfinite(model(x)).all()
 
 
 def test_examples_that_meet_are_not_tiled() -> None:
