@@ -55,13 +55,15 @@ class Capture(TorchFunctionMode):
         normalized: Whether there is such a layer, be it the first of the model.
     """
 
-    def __init__(self, excluded: set[str]) -> None:
+    def __init__(self, excluded: set[str], *, rearrange: bool = True) -> None:
         """Watch nothing yet.
 
         Args:
             excluded: Parameters to leave connected.
+            rearrange: Whether convolutions may lay their outputs out as is fastest.
         """
         super().__init__()
+        self.rearrange = rearrange
         self.excluded = excluded
         self.sites: list[Site] = []
         self.coupled = 0
@@ -132,11 +134,11 @@ class Capture(TorchFunctionMode):
         names = Counter(factor.name for factor in factors)
         sources = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)] if factors else []
         if names != Counter(name for leaf in sources if (name := self._named(leaf)) in names):
-            return _run(func, args, kwargs, ())  # a weight that is its own input has a second gradient
+            return self._run(func, args, kwargs, ())  # a weight that is its own input has a second gradient
         aliases = {id(self._parameters[name]): self._parameters[name].detach().requires_grad_() for name in names}
         if aliases:
             args, kwargs = tree_map(lambda leaf: aliases.get(id(leaf), leaf), (args, kwargs))
-        output = _run(func, args, kwargs, aliases.values())
+        output = self._run(func, args, kwargs, aliases.values())
         if not factors or output.numel() == 0:  # nothing depends on an empty output
             return output
         if output._is_view():  # an in-place operation on a view would reroute the graph around it
@@ -147,6 +149,18 @@ class Capture(TorchFunctionMode):
         inside = frozenset(_nodes(edge.node, {get_gradient_edge(source).node for source in inputs}))
         self.sites.append(Site(edge, tuple(output.shape), tuple(factors), versions, inside))
         return output
+
+    def _run(self, func: Callable, args: Sequence, kwargs: dict, aliases: Iterable[torch.Tensor]) -> Any:
+        """Run one function, a convolution in its faster form unless its weight or bias must be differentiated by."""
+        if not self.rearrange:
+            return func(*args, **kwargs)
+        known = {id(alias) for alias in aliases}
+        rest = [leaf for leaf in (*args[1:], *kwargs.values()) if isinstance(leaf, torch.Tensor)]
+        if func in LAYOUTS and all(id(leaf) in known or not leaf.requires_grad for leaf in rest):
+            return convolve(func, *args, **kwargs)
+        if func in _OF_LAYOUT and args and isinstance(args[0], torch.Tensor):
+            args = args[0].contiguous(), *args[1:]
+        return func(*args, **kwargs)
 
     def _named(self, value: object) -> str | None:
         return self._names.get(id(value)) if isinstance(value, torch.Tensor) else None
@@ -199,17 +213,6 @@ class Capture(TorchFunctionMode):
             for parent, _ in node.next_functions
             if parent in homes and parent != homes[parent].edge.node and homes.get(node) is not homes[parent]
         ]
-
-
-def _run(func: Callable, args: Sequence, kwargs: dict, aliases: Iterable[torch.Tensor]) -> Any:
-    """Run one function, a convolution in its faster form if it need not be differentiated by its weight and bias."""
-    known = {id(alias) for alias in aliases}
-    rest = [leaf for leaf in (*args[1:], *kwargs.values()) if isinstance(leaf, torch.Tensor)]
-    if func in LAYOUTS and all(id(leaf) in known or not leaf.requires_grad for leaf in rest):
-        return convolve(func, *args, **kwargs)
-    if func in _OF_LAYOUT and args and isinstance(args[0], torch.Tensor):
-        args = args[0].contiguous(), *args[1:]
-    return func(*args, **kwargs)
 
 
 def _may_carry_gradients(output: object) -> bool:

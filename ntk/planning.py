@@ -218,6 +218,8 @@ def _judge(
         elif any(name in part.capture.connected(part.batch.output) for part in recordings):
             size = recordings[0].batch.parameters[name].numel()
             layers.append(work.without_rule(name, size, max(0.0, passes) / len(unruled)))
+    if tiling is not None and tiling.tiles > 1 and evaluation.statistics.choice == "frozen":
+        tiling = None  # a tile has other statistics
     tiling = tiling if work.apart else None
     fits = contraction.max_memory is None or tiling is not None or not work.apart
     return Plan("structured" if fits else "jacobian_contraction", tuple(layers), work.held, tiling, work.describe())

@@ -14,6 +14,7 @@ ntk/contraction.py.
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 import numpy as np
 import torch
@@ -22,6 +23,7 @@ from torch import Tensor
 from ntk.blocks import ENTRIES, Block, add_share, mirror
 from ntk.capture import Capture
 from ntk.contraction import Contraction, Gradients, RowSource, contract, kernel_bytes, parameter_sources
+from ntk.errors import NondeterministicModelError
 from ntk.forward import Batch, Evaluation, run_batch
 from ntk.memory import Needs
 from ntk.projection import acts_on_rows
@@ -58,11 +60,27 @@ def record(
         evaluation: Type to compute in, statistics and outputs.
         run: What runs a batch: `run_batch`, or `ntk.sketch.sketch_batch` on shapes alone.
     """
+    watch = partial(_record, model, inputs, names, evaluation, run)
+    try:
+        return watch(rearrange=True)
+    except (RuntimeError, NondeterministicModelError):  # it may be a model that sees how its tensors lie in memory
+        return watch(rearrange=False)
+
+
+def _record(
+    model: torch.nn.Module,
+    inputs: Sequence[tuple[str, Tensor]],
+    names: Sequence[str],
+    evaluation: Evaluation,
+    run: Callable[..., Batch],
+    *,
+    rearrange: bool,
+) -> list[Recording]:
     excluded: set[str] = set()
     while True:
         recordings = []
         for argument, x in inputs:
-            capture = Capture(excluded)
+            capture = Capture(excluded, rearrange=rearrange)
             recordings.append(Recording(run(model, x, names, evaluation, argument, capture), capture))
         found = [{factor.name for site in part.capture.sites for factor in site.factors} for part in recordings]
         leaks = set().union(*(part.capture.leaks(part.batch.output) for part in recordings))

@@ -125,8 +125,10 @@ def conv_then(function: Callable[[Tensor], Tensor]) -> nn.Module:
         lambda h: h.relu_().view(len(h), -1),
         lambda h: h.as_strided((len(h), 16), (64, 2)),
         lambda h: h.mul(2).view_as(torch.empty(len(h), 4 * 4 * 4)),
+        lambda h: (h.view(len(h), -1).mul_(2), h.flatten(1))[1],
+        lambda h: (h.flatten(1).mul_(2), h.flatten(1))[1],
     ],
-    ids=["view", "in place", "as_strided", "view_as"],
+    ids=["view", "in place", "as_strided", "view_as", "in place through a view", "in place through a flat view"],
 )
 def test_models_that_see_the_layout(function: Callable[[Tensor], Tensor]) -> None:
     """In float32, where convolutions are run channels-last."""
