@@ -146,6 +146,8 @@ def test_models_that_see_the_layout(function: Callable[[Tensor], Tensor]) -> Non
 MEET = {
     "mean over the batch": lambda h: h - h.mean(0),
     "softmax over the batch": lambda h: h.softmax(0),
+    "softmax over the batch, counted from the end": lambda h: h.softmax(-2),
+    "convolution of one example made of all": lambda h: F.conv1d(h, torch.ones(7, 7, 1).to(h)),
     "transposed": lambda h: (h @ h.T) @ h,
     "sum over all": lambda h: h * h.sum(),
     "rolled": lambda h: h.roll(1, 0),
@@ -219,7 +221,12 @@ def cut_by_as_many_latents_as_examples(s: Apply, x: Tensor) -> Tensor:
     return s.head(s.first(x.unsqueeze(1).expand(-1, 5, -1)).clamp(max=latents).sum(1))
 
 
-@pytest.mark.parametrize("forward", [into_a_transposed_view, cut_by_as_many_latents_as_examples])
+def times_itself(s: Apply, x: Tensor) -> Tensor:
+    h = s.first(x)
+    return s.head((h @ h).tanh())
+
+
+@pytest.mark.parametrize("forward", [into_a_transposed_view, cut_by_as_many_latents_as_examples, times_itself])
 def test_axes_of_one_length_are_not_taken_for_each_other(forward: Callable[[Apply, Tensor], Tensor]) -> None:
     """Five examples, five features or latents: the leading axis of one tensor is another axis of the other."""
     torch.manual_seed(0)
