@@ -148,6 +148,7 @@ MEET = {
     "softmax over the batch": lambda h: h.softmax(0),
     "softmax over the batch, counted from the end": lambda h: h.softmax(-2),
     "convolution of one example made of all": lambda h: F.conv1d(h, torch.ones(7, 7, 1).to(h)),
+    "layer norm over all": lambda h: F.layer_norm(h, (7, 6)),
     "transposed": lambda h: (h @ h.T) @ h,
     "sum over all": lambda h: h * h.sum(),
     "rolled": lambda h: h.roll(1, 0),
