@@ -112,7 +112,7 @@ class Plan:
         parts = [f"{self.convention}: {self.implementation}", f"{self.held / 2**20:.4g} MiB of kernel and activations"]
         if self.tiling is not None and self.implementation == "structured":
             parts.append(
-                f"{self.tiling.examples} examples and {self.tiling.outputs} outputs at once, "
+                f"{_count(self.tiling.examples, 'example')} and {_count(self.tiling.outputs, 'output')} at once, "
                 f"{self.tiling.passes:g} passes over the batch"
             )
         return "; ".join(parts)
@@ -154,7 +154,7 @@ def plan(
     reference: torch.Tensor | None = None,
     output: OutputChoice = None,
 ) -> Plan:
-    """Predict what `ntk.empirical_ntk` with the same arguments costs.
+    """Predict what `ntk.empirical_ntk` with the same arguments costs by each of its implementations.
 
     Args:
         model: As in `ntk.empirical_ntk`; it is run on shapes, or on the inputs where it looks at values.
@@ -375,6 +375,10 @@ def _forward_operations(model: torch.nn.Module, inputs: Inputs, evaluation: Eval
     except (RuntimeError, NotImplementedError, AssertionError, TypeError):
         return 0.0
     return float(counter.get_total_flops())
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}{'' if number == 1 else 's'}"
 
 
 def _figures(costs: Mapping[str, Cost]) -> list[str]:
