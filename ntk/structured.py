@@ -32,6 +32,9 @@ from ntk.shares import Derivatives, Share, bias_shares, outer, row_spans
 WORKING_BYTES = 2**31
 """Memory that derivatives and temporaries may take when max_memory leaves it open (chosen, not tuned)."""
 
+_OF_LAYOUT = ("contiguous", "stride", "view")
+"""Words by which a model complains of how its tensors lie in memory."""
+
 ROUNDING = 200
 """Multiple of the machine precision up to which examples count as independent (chosen, not tuned)."""
 
@@ -59,11 +62,18 @@ def record(
         names: Parameters of the kernel.
         evaluation: Type to compute in, statistics and outputs.
         run: What runs a batch: `run_batch`, or `ntk.sketch.sketch_batch` on shapes alone.
+
+    Raises:
+        NondeterministicModelError: Two runs of the model differ.
+        RuntimeError: As the model raises it.
     """
     watch = partial(_record, model, inputs, names, evaluation, run)
     try:
         return watch(rearrange=True)
-    except (RuntimeError, NondeterministicModelError):  # it may be a model that sees how its tensors lie in memory
+    except (RuntimeError, NondeterministicModelError) as error:
+        sees_layout = isinstance(error, NondeterministicModelError) or any(word in str(error) for word in _OF_LAYOUT)
+        if not sees_layout:
+            raise
         return watch(rearrange=False)
 
 
