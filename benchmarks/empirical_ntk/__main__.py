@@ -11,6 +11,7 @@ import importlib.metadata
 import json
 import os
 import platform
+import shlex
 import sys
 from datetime import UTC, datetime
 from pathlib import Path
@@ -86,7 +87,12 @@ def run(options: argparse.Namespace, device: str) -> dict[str, Any]:
             "contenders": records,
         }
         say(report.line(name, tasks[name]))
-    return {"machine": machine(device), "quick": options.quick or options.examples is not None, "tasks": tasks}
+    return {
+        "machine": machine(device),
+        "command": shlex.join(["python", "-m", "benchmarks.empirical_ntk", *sys.argv[1:]]),
+        "quick": options.quick or options.examples is not None,
+        "tasks": tasks,
+    }
 
 
 def say(line: str) -> None:

@@ -159,17 +159,21 @@ def line(name: str, task: Record) -> str:
 
 def markdown(record: Record) -> str:
     """The report."""
-    parts = [_heading(record["machine"], quick=record["quick"]), _goals(record), _ratios(record["tasks"])]
+    parts = [
+        _heading(record["machine"], record["command"], quick=record["quick"]),
+        _goals(record),
+        _ratios(record["tasks"]),
+    ]
     return "\n\n".join([*parts, *(_task(name, task) for name, task in record["tasks"].items())]) + "\n"
 
 
-def _heading(machine: Record, *, quick: bool) -> str:
+def _heading(machine: Record, command: str, *, quick: bool) -> str:
     versions = ", ".join(f"{name} {version}" for name, version in machine["versions"].items())
     lines = [
         "# The empirical NTK against its peers and against the floor",
         "",
         f"{machine['date']}, {machine['device']} ({machine['cpu']}, {machine['threads']} threads, "
-        f"{machine['memory'] / GIB:.0f} GiB). {versions}. Written by `make bench`.",
+        f"{machine['memory'] / GIB:.0f} GiB). {versions}. Written by `{command}`.",
         "",
         "A ratio is the time of another contender over ours: the median of neighbouring runs, the smallest and the "
         "largest. Each contender has a process of its own; compiling is not counted. The error is that of a block of "
