@@ -159,7 +159,7 @@ def measure(
                 worker.close()
             else:
                 active[name] = worker
-        for turn in range(repetitions if active or not names else 0):
+        for turn in range(repetitions if active or not records[OURS]["pairs"] else 0):
             for name in rotated(list(active), turn) or [OURS]:
                 try:
                     _pair(records, ours, name, active.get(name))
