@@ -14,13 +14,12 @@ from ntk.memory import parse_memory
 from ntk.outputs import OutputChoice
 from ntk.parameters import ParameterChoice, select_parameters
 from ntk.projection import Projection, resolve_projection
-from ntk.results import AXES, KernelResult
+from ntk.results import AXES, REDUCTIONS, KernelResult
 from ntk.statistics import Statistics
 from ntk.tiles import contract_by_examples
 from ntk.vector_products import contract_products
 from ntk.wrappers import measured
 
-REDUCTIONS = ("none", "trace", "sum")
 IMPLEMENTATIONS = ("auto", "structured", "jacobian_contraction", "ntk_vector_products")
 
 

@@ -13,12 +13,11 @@ from ntk.memory import parse_memory
 from ntk.outputs import OutputChoice
 from ntk.parameters import ParameterChoice, select_parameters
 from ntk.projection import Projection, resolve_projection
+from ntk.results import REDUCTIONS
 from ntk.snapshot import Snapshot
 from ntk.statistics import Statistics
 from ntk.vector_products import JacobianProducts, Metric, check_adjoint, vectors_at_once
 from ntk.wrappers import plain_surroundings
-
-REDUCTIONS = ("none", "trace", "sum")
 
 
 class NtkOperator(LinearOperator):

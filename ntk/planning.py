@@ -24,7 +24,7 @@ from ntk.memory import parse_memory
 from ntk.outputs import OutputChoice
 from ntk.parameters import ParameterChoice, select_parameters
 from ntk.projection import Projection, resolve_projection
-from ntk.results import AXES
+from ntk.results import AXES, REDUCTIONS
 from ntk.shares import Share, bias_shares
 from ntk.statistics import Statistics
 from ntk.structured import Recording, record, shares_of
@@ -175,9 +175,8 @@ def plan(
     Raises:
         UnknownNameError: As in `ntk.empirical_ntk`.
     """
-    reductions = ("none", "trace", "sum")
-    if reduce not in reductions:
-        raise UnknownNameError("reduce", reduce, reductions)
+    if reduce not in REDUCTIONS:
+        raise UnknownNameError("reduce", reduce, REDUCTIONS)
     statistics = Statistics(batch_statistics, reference)
     check_inputs(x1, x2, dtype, reference)
     inputs = [("x1", x1)] if x2 is None else [("x1", x1), ("x2", x2)]

@@ -15,6 +15,9 @@ if TYPE_CHECKING:
 CONVENTION = ("kind", "axes", "reduce", "parametrization", "multipliers", "projection", "mode", "statistics")
 """The fields in which two kernels must agree before they may be added or subtracted."""
 
+REDUCTIONS = ("none", "trace", "sum")
+"""Of an NTK over its outputs."""
+
 AXES = {
     "none": ("example", "example", "output", "output"),
     "trace": ("example", "example"),
