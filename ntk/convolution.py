@@ -42,8 +42,19 @@ def convolve(
     fast = input.dtype == torch.float32 and input.device.type == "cpu" and input.ndim == weight.ndim
     if not fast or isinstance(padding, str):
         return function(input, weight, bias, stride, padding, dilation, groups)
-    sizes = [(value,) * axes if isinstance(value, int) else tuple(value) for value in (stride, padding, dilation)]
-    return Convolution.apply(function, input, weight, bias, *(size * (axes // len(size)) for size in sizes), groups)
+    sizes = (per_axis(value, axes) for value in (stride, padding, dilation))
+    return Convolution.apply(function, input, weight, bias, *sizes, groups)
+
+
+def per_axis(value: int | Sequence[int], axes: int) -> tuple[int, ...]:
+    """One number for each axis, of what may be one for all.
+
+    Args:
+        value: A number, a sequence of one, or of one for each axis.
+        axes: How many there are.
+    """
+    values = (value,) if isinstance(value, int) else tuple(value)
+    return values * axes if len(values) == 1 else values
 
 
 class Convolution(torch.autograd.Function):

@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ntk.convolution import per_axis
 from ntk.factors import Factor, Named, Product, Rule, Written
 from ntk.written_rules import WRITTEN_RULES
 
@@ -74,7 +75,7 @@ def _convolution(dims: int) -> Rule:
         if input.ndim != dims + 2:
             return []
         kernel = tuple(weight.shape[2:])
-        steps, dilations = _tuple(stride, dims), _tuple(dilation, dims)
+        steps, dilations = per_axis(stride, dims), per_axis(dilation, dims)
         pads = _pads(padding, kernel, dilations)
         m, q, k = input.shape[0], weight.shape[0] // groups, math.prod(weight.shape[1:])
         positions = math.prod(_positions(input.shape[2:], kernel, steps, pads, dilations))
@@ -113,7 +114,7 @@ def _transposed_convolution(dims: int) -> Rule:
         if input.ndim != dims + 2:
             return []
         kernel = tuple(weight.shape[2:])
-        steps, dilations = _tuple(stride, dims), _tuple(dilation, dims)
+        steps, dilations = per_axis(stride, dims), per_axis(dilation, dims)
         pads = _pads(padding, kernel, dilations)
         m, k, q = input.shape[0], weight.shape[0] // groups, math.prod(weight.shape[1:])
         shape = tuple(input.shape[2:])
@@ -162,11 +163,6 @@ def _embedding(
     return [Product(name, left, right, (1, words, tokens.shape[1], q), derivative_first=False, tokens=tokens)]
 
 
-def _tuple(value: int | Sequence[int], dims: int) -> tuple[int, ...]:
-    values = (value,) if isinstance(value, int) else tuple(value)
-    return values * dims if len(values) == 1 else values
-
-
 def _pads(
     padding: int | str | Sequence[int], kernel: Sequence[int], dilation: Sequence[int]
 ) -> tuple[tuple[int, int], ...]:
@@ -176,7 +172,7 @@ def _pads(
     if isinstance(padding, str):
         totals = [d * (k - 1) for d, k in zip(dilation, kernel, strict=True)]
         return tuple((total // 2, total - total // 2) for total in totals)
-    return tuple((p, p) for p in _tuple(padding, len(kernel)))
+    return tuple((p, p) for p in per_axis(padding, len(kernel)))
 
 
 def _positions(
