@@ -6,17 +6,25 @@ computed, in strips, and mirrored when everything has been added.
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from ntk.costs import factored
+from ntk.memory import pieces
 from ntk.separable import separate
-from ntk.shares import Derivatives, Share, outer
+from ntk.shares import Derivatives, Share, fold, outer
 
 STRIP = 128
 """Rows of the lower triangle that are multiplied at once (chosen, not tuned)."""
 
 ENTRIES = 2**25
 """Entries that a temporary may have (chosen, not tuned)."""
+
+WRITTEN = 2**22
+"""Entries of gradients that are written out at once (the fastest power of 2 on 2 cores)."""
+
+PRODUCTS = 2**20
+"""Entries of a product of pairs of positions (chosen, not tuned)."""
 
 SEPARABLE = 0.5
 """What the separable form must save before derivatives are searched for it, a fraction of the cheaper other way."""
@@ -53,19 +61,55 @@ class Block:
             for rows, columns in self.strips(len(one), len(other)):
                 self.target[rows, columns].addmm_(one[rows], other[columns].T, alpha=factor)
 
-    def strips(self, rows: int, columns: int, most: int = STRIP) -> list[tuple[slice, slice]]:
+    def add_examples(self, first: Tensor, second: Tensor, factor: float) -> None:
+        """Add the products of written gradients that lie example after example.
+
+        Args:
+            first: [n, u, features]
+            second: [m, v, features]
+            factor: Multiplier of the parameter.
+        """
+        if self.paired:
+            self.add_rows(first.flatten(1).unsqueeze(0), second.flatten(1).unsqueeze(0), factor)
+            return
+        (n, m), (u, v) = self.sizes, (first.shape[1], second.shape[1])
+        target = self.target.unflatten(1, (v, m)).unflatten(0, (u, n))
+        for rows, columns in self.strips(n, m, max(1, STRIP // u), u * v):
+            one, other = first[rows], second[columns]
+            products = one.flatten(0, 1) @ other.flatten(0, 1).T
+            products = products.reshape(len(one), u, len(other), v).permute(1, 0, 3, 2)
+            target[:, rows, :, columns].add_(products, alpha=factor)
+            if self.lower:  # of the examples; the target is to hold that of outputs and examples
+                before = slice(0, rows.start)
+                target[:, before, :, rows].add_(products[..., before].permute(2, 3, 0, 1), alpha=factor)
+
+    def strips(self, rows: int, columns: int, most: int = STRIP, size: int = 1) -> list[tuple[slice, slice]]:
         """Ranges of rows and columns that cover the target, or its lower triangle.
 
         Args:
             rows: Of what is covered.
             columns: Of what is covered.
             most: Rows of a strip.
+            size: Entries of the target for each row and column.
         """
         if not self.lower:
-            most = max(most, rows if rows * columns <= self.entries else self.entries // columns)
-        starts = range(0, rows, max(1, most))
-        ends = [min(start + max(1, most), rows) for start in starts]
-        return [(slice(a, b), slice(0, b if self.lower else columns)) for a, b in zip(starts, ends, strict=True)]
+            fits = self.entries // size
+            most = max(most, rows if rows * columns <= fits else fits // columns)
+        return strips(rows, columns, max(1, most), lower=self.lower)
+
+
+def strips(rows: int, columns: int, most: int, *, lower: bool) -> list[tuple[slice, slice]]:
+    """Ranges of rows and columns that cover a matrix, or its lower triangle.
+
+    Args:
+        rows: Of the matrix.
+        columns: Of the matrix.
+        most: Rows of a strip.
+        lower: Whether the lower triangle is enough.
+    """
+    starts = range(0, rows, most)
+    ends = [min(start + most, rows) for start in starts]
+    return [(slice(a, b), slice(0, b if lower else columns)) for a, b in zip(starts, ends, strict=True)]
 
 
 def add_share(
@@ -121,14 +165,16 @@ def _costs(block: Block, lefts: list[Tensor], rights: list[Tensor]) -> dict[str,
 
 
 def _add_outer(block: Block, lefts: list[Tensor], rights: list[Tensor], factor: float) -> None:
-    """Write the gradients out, some entries of the derivatives' side at a time."""
-    (u, n, g, q, _), k = rights[0].shape, lefts[0].shape[2]
-    step = max(1, min(q, block.entries // max(1, u * n * g * k)))
-    for start in range(0, q, step):
-        part = slice(start, min(start + step, q))
-        one = outer(lefts[0], rights[0][:, :, :, part]).flatten(2)
-        other = one if block.lower else outer(lefts[1], rights[1][:, :, :, part]).flatten(2)
-        block.add_rows(one, other, factor)
+    """Write the gradients out, some entries of the input's side at a time."""
+    (n, g, k, _), (u, _, _, q, _) = lefts[0].shape, rights[0].shape
+    folded = [fold(right) for right in rights[: 1 if block.lower else 2]]
+    step = max(1, min(block.entries, WRITTEN) // (n * g * u * q))
+    for start in range(0, k, step):
+        rows = [
+            outer(left[:, :, start : start + step], side, len(right)).movedim(2, 1).flatten(2)
+            for left, side, right in zip(lefts, folded, rights, strict=False)
+        ]
+        block.add_examples(rows[0], rows[-1], factor)
 
 
 def _add_separable(
@@ -172,17 +218,60 @@ def _add_positions(block: Block, lefts: list[Tensor], rights: list[Tensor], mult
         stop = min(start + most, n)
         i = slice(start * p, stop * p)
         inputs = [_left_products(a[group, i], b[group], multipliers) for group in range(g)]
+        at_once = max(1, PRODUCTS // ((stop - start) * p * m * p2))
         for unit in range(u):
-            units = unit + 1 if block.lower else v
-            target = block.target[unit * n + start : unit * n + stop, : units * m].unflatten(1, (units, m))
-            if g == p == p2 == 1:
-                products = (c[0, unit, i] @ d[0, :units].flatten(0, 1).T).unflatten(1, (units, m))
-                target.addcmul_(products, inputs[0].unsqueeze(1))
-                continue
-            for group in range(g):
-                products = (c[group, unit, i] @ d[group, :units].flatten(0, 1).T).unflatten(1, (units, -1))
-                products *= inputs[group].unsqueeze(1)
-                target += products.reshape(stop - start, p, units, m, p2).sum((1, 4))
+            target = block.target[unit * n + start : unit * n + stop].unflatten(1, (v, m))
+            for units in pieces(slice(0, unit + 1 if block.lower else v), at_once):
+                part, length = target[:, units], units.stop - units.start
+                for group in range(g):
+                    products = (c[group, unit, i] @ d[group, units].flatten(0, 1).T).unflatten(1, (length, -1))
+                    if g == p == p2 == 1:
+                        part.addcmul_(products, inputs[0].unsqueeze(1))
+                        continue
+                    products *= inputs[group].unsqueeze(1)
+                    part += products.reshape(stop - start, p, length, m, p2).sum((1, 4))
+
+
+class OutputSum:
+    """The derivatives' side of a weight without positions, multiplied and summed over outputs as these come."""
+
+    def __init__(self, share: Share, sizes: tuple[int, int]) -> None:
+        """Sum nothing yet.
+
+        Args:
+            share: Of the weight.
+            sizes: (n, m), the examples of each batch.
+        """
+        self.share, self.sizes = share, sizes
+        self.products = torch.zeros(())
+
+    def take(self, first: Derivatives, second: Derivatives) -> None:
+        """Add the products of some outputs.
+
+        Args:
+            first: Derivatives of the first batch.
+            second: Of the second, or the same.
+        """
+        (n, m), lower = self.sizes, len(self.share.uses) == 1
+        one = self.share.right(0, first, n)[:, :, 0, :, 0]
+        other = one if lower else self.share.right(-1, second, m)[:, :, 0, :, 0]
+        if self.products.ndim == 0:
+            self.products = one.new_zeros(n, m)
+        for a, b in zip(one, other, strict=True):
+            for rows, columns in strips(n, m, 2 * STRIP, lower=lower):
+                self.products[rows, columns].addmm_(a[rows], b[columns].T)
+
+    def add_to(self, block: Block, multipliers: tuple[float, float]) -> None:
+        """Add the share to a block.
+
+        Args:
+            block: Of equal outputs.
+            multipliers: Of the weight, and of the bias at the same calls; 0 for none.
+        """
+        lefts = [self.share.left(side, self.sizes[side])[:, 0, :, 0] for side in range(len(self.share.uses))]
+        for rows, columns in block.strips(*self.sizes, 2 * STRIP):
+            inputs = _left_products(lefts[0][rows], lefts[-1][columns], multipliers)
+            block.target[rows, columns].addcmul_(inputs, self.products[rows, columns])
 
 
 def _by_group(right: Tensor) -> Tensor:

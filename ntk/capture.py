@@ -193,6 +193,15 @@ class Capture(TorchFunctionMode):
         """Numbers of the sites of which it must be tested whether examples meet behind them."""
         return range(self.coupled, self.doubtful)
 
+    def apart(self, output: torch.Tensor) -> bool:
+        """Whether it is known, without a test, that no example acts on another on the way to the output.
+
+        Args:
+            output: Of the model.
+        """
+        certain = not (self.normalized or self.doubtful_sites() or self.connected(output))
+        return certain and all(site.shape[:1] == output.shape[:1] for site in self.sites)
+
     def leaks(self, output: torch.Tensor) -> set[str]:
         """Recorded parameters that must not have been: also used without a rule, or with inputs changed in place.
 

@@ -1,6 +1,8 @@
 """What `max_memory` means: a bound on everything that a kernel needs beyond the model and its inputs."""
 
+import itertools
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 from ntk.errors import MemoryBudgetError
@@ -55,6 +57,19 @@ def left_to_work_in(max_memory: int, held: int, least: int, piece: str) -> int:
             "another reduce, or float32."
         )
     return max_memory - held
+
+
+def pieces(whole: slice, most: int) -> Iterator[slice]:
+    """Cut a range into ranges of about one length.
+
+    Args:
+        whole: To be cut.
+        most: Length of a piece at most.
+    """
+    length = whole.stop - whole.start
+    parts = -(-length // most)
+    edges = [whole.start + length * part // parts for part in range(parts + 1)]
+    return (slice(start, stop) for start, stop in itertools.pairwise(edges))
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,7 @@
 """A kernel that states its convention."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import InitVar, dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -50,6 +50,8 @@ class KernelResult:
         implementation: "structured", "jacobian_contraction" or "ntk_vector_products"; None where there was no choice.
         notes: What was done to the model beyond running it, such as taking torch.compile off.
         versions: Package -> version that computed it.
+        verified: Whether `values` are known to be the Gram matrix that `symmetric` says they are, and need not be
+            looked through. Not kept.
 
     Raises:
         ValueError: A field does not fit the others.
@@ -72,8 +74,9 @@ class KernelResult:
     implementation: str | None = None
     notes: tuple[str, ...] = ()
     versions: Mapping[str, str] = field(default_factory=dict)
+    verified: InitVar[bool] = False
 
-    def __post_init__(self) -> None:
+    def __post_init__(self, verified: bool) -> None:
         """Check the fields against each other, and copy the arrays that could still be written to."""
         _one_of("kind", self.kind, ("ntk", "nngp"))
         _one_of("reduce", self.reduce, tuple(AXES))
@@ -87,6 +90,8 @@ class KernelResult:
                 array.setflags(write=False)
                 object.__setattr__(self, name, array)
         self._check_shape()
+        if self.symmetric and not verified:
+            self._check_symmetry()
 
     def _check_shape(self) -> None:
         shape = self.values.shape
@@ -101,13 +106,14 @@ class KernelResult:
             raise ValueError(f"values must have two equal output axes, [n1, n2, o, o]; got shape {shape}.")
         if self.standard_error is not None and self.standard_error.shape != shape:
             raise ValueError(f"standard_error must have the shape {shape} of values, got {self.standard_error.shape}.")
-        if self.symmetric:
-            tolerance = float(np.sqrt(np.finfo(self.values.dtype).eps)) * _largest(self.values)
-            if shape[0] != shape[1] or _asymmetry(self.values) > tolerance:
-                raise ValueError(
-                    f"symmetric=True needs values equal to their transpose over examples and outputs; shape {shape} is "
-                    "not. Pass symmetric=False for a cross kernel."
-                )
+
+    def _check_symmetry(self) -> None:
+        tolerance = float(np.sqrt(np.finfo(self.values.dtype).eps)) * _largest(self.values)
+        if self.shape[0] != self.shape[1] or _asymmetry(self.values) > tolerance:
+            raise ValueError(
+                f"symmetric=True needs values equal to their transpose over examples and outputs; shape {self.shape} "
+                "is not. Pass symmetric=False for a cross kernel."
+            )
 
     @property
     def dtype(self) -> np.dtype:

@@ -49,6 +49,13 @@ class Share:
         }
         return len(forms) == 1 and all(isinstance(factor, Product) for factor in factors)
 
+    @property
+    def without_positions(self) -> bool:
+        """Whether all gradients of an example are one outer product."""
+        return self.factored and all(
+            self.total_sizes(side)[0] == self.total_sizes(side)[2] == 1 for side in range(len(self.uses))
+        )
+
     def tokens_used(self) -> Tensor | None:
         """The tokens that an embedding meets in either batch."""
         factors = [factor for uses in self.uses for _, factor in uses if isinstance(factor, Product)]
@@ -113,8 +120,8 @@ class Share:
         m = n if m is None else m
         if not self.factored:
             return max(n, m) * math.prod(self.shape)
-        g, k, p, _ = self._first.sizes
-        return min(max(n, m) * g * k, m * p * p)
+        g, _, p, q = self._first.sizes
+        return max(n, m) * g * q * p + min(max(n, m) * g * q, m * p * p)
 
     def total_sizes(self, side: int) -> tuple[int, int, int, int]:
         """(g, K, P, Q) of all uses in one batch, one after the other.
@@ -151,32 +158,40 @@ class Share:
             rows = factor.rows(derivative)
             rows = rows.reshape(len(rows), n, rows.shape[1] // n, -1)
             return rows.squeeze(2) if rows.shape[2] == 1 else rows.sum(2)
-        rows = outer(_cut(factor.left(None), n), _cut(factor.right(derivative), n, axis=1))
+        rows = outer(_cut(factor.left(None), n), fold(_cut(factor.right(derivative), n, axis=1)), len(derivative))
         if factor.order is not None:
-            rows = rows[..., factor.order, :]
-        return (rows.mT if factor.derivative_first else rows).reshape(*rows.shape[:2], -1)
+            rows = rows[..., factor.order]
+        rows = rows.movedim(2, 0)
+        return (rows if factor.derivative_first else rows.mT).reshape(*rows.shape[:2], -1)
 
 
-def outer(left: Tensor, right: Tensor) -> Tensor:
+def fold(right: Tensor) -> Tensor:
+    """Rows and entries of the derivatives' side as one axis, without a copy where they lie so in memory.
+
+    Args:
+        right: [u, n, g, Q, P]
+
+    Returns:
+        [n, g, u Q, P]
+    """
+    u, n, g, q, p = right.shape
+    if right.stride(3) < right.stride(4):
+        return right.permute(1, 2, 4, 0, 3).reshape(n, g, p, u * q).mT
+    return right.permute(1, 2, 0, 3, 4).reshape(n, g, u * q, p)
+
+
+def outer(left: Tensor, folded: Tensor, u: int) -> Tensor:
     """Sum over positions of the outer products.
 
     Args:
         left: [n, g, K, P]
-        right: [u, n, g, Q, P]
+        folded: [n, g, u Q, P], from `fold`.
+        u: Rows of the Jacobian per example.
 
     Returns:
-        [u, n, g, K, Q]
+        [n, g, u, Q, K]
     """
-    (n, g, k, p), (u, q) = left.shape, (len(right), right.shape[3])
-    if n == g == 1:  # one product for all rows
-        return (right[:, 0, 0] @ left[0, 0].T).mT[:, None, None]
-    if 2 * q < k < 2 * p:  # few columns, and products smaller than factors: one product for all rows of an example
-        side = right.permute(1, 2, 4, 0, 3).reshape(n, g, p, u * q)
-        return (side.mT @ left.mT).unflatten(2, (u, q)).movedim(2, 0).mT
-    rows = right.new_empty(u, n, g, k, q)
-    for out, part in zip(rows, right, strict=True):
-        torch.matmul(left, part.mT, out=out)
-    return rows
+    return (folded @ left.mT).unflatten(2, (u, -1))
 
 
 def bias_shares(shares: Sequence[Share], plan: Contraction) -> dict[str, str]:

@@ -12,7 +12,7 @@ ntk/contraction.py.
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -20,14 +20,17 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ntk.blocks import ENTRIES, Block, add_share, mirror
+from ntk.backward import IN_CACHE, Backward, Joined, Rights
+from ntk.blocks import ENTRIES, Block, OutputSum, add_share, mirror
 from ntk.capture import Capture
 from ntk.contraction import Contraction, Gradients, RowSource, contract, kernel_bytes, parameter_sources
+from ntk.costs import factored
 from ntk.errors import NondeterministicModelError
+from ntk.factors import Product
 from ntk.forward import Batch, Evaluation, run_batch
-from ntk.memory import Needs
+from ntk.memory import Needs, pieces
 from ntk.projection import acts_on_rows
-from ntk.shares import Derivatives, Share, bias_shares, outer, row_spans
+from ntk.shares import Derivatives, Share, bias_shares, fold, outer, row_spans
 
 WORKING_BYTES = 2**31
 """Memory that derivatives and temporaries may take when max_memory leaves it open (chosen, not tuned)."""
@@ -122,10 +125,11 @@ def contract_structured(
         if all(flags[site] for flags, uses in zip(independent, share.uses, strict=True) for site, _ in uses)
     ]
     rest = [share for share in shares if share not in apart]
-    units = _units_at_once(recordings, apart, plan, _bytes_of_rows(recordings, rest, fallback, plan)) if apart else 0
-    if units == 0:
+    reserved = _bytes_of_rows(recordings, rest, fallback, plan)
+    portions = _portions(recordings, apart, plan, reserved) if apart else None
+    if portions is None:
         apart, rest = [], shares
-    kernels = _contract_apart(recordings, apart, plan, units) if apart else {}
+    kernels = {} if portions is None else _contract_apart(recordings, apart, plan, portions)
     if rest or fallback or not apart:
         held = sum(values.nbytes for values in kernels.values())
         for group, values in _contract_rows(recordings, rest, fallback, plan, held).items():
@@ -210,13 +214,42 @@ def working_memory(recordings: Sequence[Recording], shares: Sequence[Share], pla
     )
 
 
-def _units_at_once(recordings: Sequence[Recording], shares: list[Share], plan: Contraction, reserved: int) -> int:
-    """How many outputs to differentiate at once; 0 if max_memory does not hold one."""
-    units = 1 if plan.reduce == "sum" else recordings[0].batch.output.shape[1]
+@dataclass(frozen=True)
+class _Portions:
+    """How much is done at once.
+
+    Attributes:
+        outputs: Whose derivatives are held.
+        in_flight: Of these, that one backward pass differentiates.
+        entries: That a temporary may have.
+        sums: Bytes that sums over outputs may take.
+    """
+
+    outputs: int
+    in_flight: int
+    entries: int
+    sums: float
+
+
+def _portions(
+    recordings: Sequence[Recording], shares: list[Share], plan: Contraction, reserved: int
+) -> _Portions | None:
+    """What max_memory holds; None if it does not hold the derivatives of one output."""
+    outputs = 1 if plan.reduce == "sum" else recordings[0].batch.output.shape[1]
     needs = working_memory(recordings, shares, plan)
+    sites = [part.capture.sites[number] for side, part in enumerate(recordings) for number in _used(shares, side)]
+    sizes = [recordings[0].batch.output.element_size() * math.prod(site.shape) for site in sites]
+    in_flight = max(1, IN_CACHE // max(1, *sizes))
     if plan.max_memory is None:
-        return max(1, needs.outputs_at_once(WORKING_BYTES + needs.kernel + needs.batch, units))
-    return needs.outputs_at_once(plan.max_memory - reserved, units)
+        at_once = max(1, needs.outputs_at_once(WORKING_BYTES + needs.kernel + needs.batch, outputs))
+        return _Portions(at_once, in_flight, ENTRIES, math.inf)
+    at_once = needs.outputs_at_once(plan.max_memory - reserved, outputs)
+    if at_once == 0:
+        return None
+    spare = (plan.max_memory - reserved - needs.kernel - needs.batch - at_once * (needs.output + needs.again)) / 2
+    affordable = max(0, int(spare)) // max(1, sum(sizes))
+    entries = min(ENTRIES, needs.entries(plan.max_memory))
+    return _Portions(at_once, min(in_flight, affordable) or at_once, entries, spare)
 
 
 def _bytes_of_rows(
@@ -234,7 +267,7 @@ def _bytes_of_rows(
 
 
 def _contract_apart(
-    recordings: Sequence[Recording], shares: list[Share], plan: Contraction, units: int
+    recordings: Sequence[Recording], shares: list[Share], plan: Contraction, portions: _Portions
 ) -> dict[str, np.ndarray]:
     """Shares of parameters at whose calls examples do not meet: one backward pass for each output."""
     outputs = [part.batch.output for part in recordings]
@@ -243,24 +276,108 @@ def _contract_apart(
     rows = o if plan.reduce != "sum" else 1
     shape = (n, m) if paired else (o * n, o * m)
     kernels = {group: outputs[0].new_zeros(shape) for group in dict.fromkeys(plan.groups.values())}
-    backward = [_Backward(part, _used(shares, side)) for side, part in enumerate(recordings)]
     biases = bias_shares(shares, plan)
-    entries = ENTRIES if plan.max_memory is None else working_memory(recordings, shares, plan).entries(plan.max_memory)
-    chunks = [slice(start, min(start + units, rows)) for start in range(0, rows, units)]
+    sums = _sums(recordings, shares, plan, portions)
+    apart = [share for share in shares if share.name not in {*sums, *(biases.get(name) for name in sums)}]
+    written = {share.name for share in apart if _is_written(share, (n, m), rows, symmetric=symmetric, paired=paired)}
+    sides = [_side(part, number, shares, apart, written) for number, part in enumerate(recordings)]
+    differentiate = partial(_differentiate, plan=plan, in_flight=portions.in_flight)
+    blocks = lambda place, other, lower: {
+        group: Block(kernel[place, other], (n, m), paired, lower, portions.entries) for group, kernel in kernels.items()
+    }
+    everything = slice(None)
+    chunks = [slice(start, min(start + portions.outputs, rows)) for start in range(0, rows, portions.outputs)]
     for a in chunks:
-        first = backward[0](a, plan.reduce)
-        for b in [a] if paired else [b for b in chunks if not symmetric or b.start <= a.start]:
-            second = first if symmetric and a == b else backward[-1](b, plan.reduce)
-            place = slice(None) if paired else slice(a.start * n, a.stop * n)
-            other = slice(None) if paired else slice(b.start * m, b.stop * m)
-            blocks = {
-                group: Block(kernel[place, other], (n, m), paired, symmetric and a == b, min(entries, ENTRIES))
-                for group, kernel in kernels.items()
-            }
-            _add_shares(blocks, shares, biases, (first, second), plan)
+        if paired:
+            derivatives = differentiate(sides, a, sums=sums.values())
+            _add_shares(blocks(everything, everything, symmetric), apart, biases, derivatives, plan)
+            continue
+        first = differentiate(sides[:1], a)
+        for b in [b for b in chunks if not symmetric or b.start <= a.start]:
+            second = first if symmetric and a == b else differentiate(sides[-1:], b)
+            places = slice(a.start * n, a.stop * n), slice(b.start * m, b.stop * m)
+            _add_shares(blocks(*places, symmetric and a == b), apart, biases, (first[0], second[1]), plan)
         plan.report(a.stop * n, rows * n)
+    for share in shares:
+        if share.name in sums:
+            block = blocks(everything, everything, symmetric)[plan.groups[share.name]]
+            sums[share.name].add_to(block, _multipliers(share, biases, plan))
     scale = 1.0 / o if plan.reduce == "trace" else 1.0
     return {group: _values(kernel, scale, (n, m, o), plan.reduce, symmetric) for group, kernel in kernels.items()}
+
+
+def _is_written(share: Share, examples: tuple[int, int], rows: int, *, symmetric: bool, paired: bool) -> bool:
+    """Whether the gradients of a weight are cheaper to write out than to sum over pairs of positions."""
+    if not share.factored:
+        return False
+    g, k, p, q = share.total_sizes(0)
+    costs = factored((g, k, q, p, share.total_sizes(-1)[2]), (rows, rows), examples, paired=paired, lower=symmetric)
+    return costs["outer"] < costs["positions"]
+
+
+def _sums(
+    recordings: Sequence[Recording], shares: list[Share], plan: Contraction, portions: _Portions
+) -> dict[str, OutputSum]:
+    """Shares whose sum over outputs takes less memory than their derivatives."""
+    outputs = [part.batch.output for part in recordings]
+    rows, (n, m) = outputs[0].shape[1], (len(outputs[0]), len(outputs[-1]))
+    if plan.reduce != "trace" or portions.outputs < rows or portions.in_flight >= rows:
+        return {}
+    found: dict[str, OutputSum] = {}
+    size = outputs[0].element_size() * n * m
+    for share in shares:
+        whole = all(
+            part.capture.sites[number].shape[0] == len(part.batch.output)
+            for part, uses in zip(recordings, share.uses, strict=True)
+            for number, _ in uses
+        )
+        if not (share.without_positions and whole):
+            continue
+        derivatives = rows * share.total_sizes(0)[3] * sum(map(len, outputs))
+        if n * m <= derivatives and size * (len(found) + 1) <= portions.sums:
+            found[share.name] = OutputSum(share, (n, m))
+    return found
+
+
+@dataclass(frozen=True, eq=False)
+class _Side:
+    """The derivatives of one batch that its shares ask for."""
+
+    backward: Backward
+    kept: frozenset[int]
+    written: Rights
+
+
+def _side(part: Recording, side: int, shares: list[Share], kept: list[Share], written: set[str]) -> _Side:
+    rights = {
+        number: factor.right
+        for share in kept
+        if share.name in written
+        for number, factor in share.uses[side]
+        if isinstance(factor, Product)
+    }
+    backward = Backward(part.batch.output, part.capture.sites, _used(shares, side))
+    return _Side(backward, frozenset(_used(kept, side)), rights)
+
+
+def _differentiate(
+    sides: Sequence[_Side], units: slice, plan: Contraction, in_flight: int, sums: Iterable[OutputSum] = ()
+) -> tuple[Derivatives, Derivatives]:
+    """Derivatives of some outputs by the calls of one batch, or of two."""
+    joined = [Joined(units, side.kept, side.written) for side in sides]
+    for piece in pieces(units, in_flight):
+        found = [side.backward(piece, plan.reduce) for side in sides]
+        for products in sums:
+            products.take(found[0], found[-1])
+        for part, derivatives in zip(joined, found, strict=True):
+            part.put(piece, derivatives)
+    return joined[0].derivatives, joined[-1].derivatives
+
+
+def _multipliers(share: Share, biases: dict[str, str], plan: Contraction) -> tuple[float, float]:
+    """Of a weight, and of the bias that is added with it."""
+    bias = biases.get(share.name)
+    return plan.multipliers[share.name], 0.0 if bias is None else plan.multipliers[bias]
 
 
 def _add_shares(
@@ -275,42 +392,16 @@ def _add_shares(
     for share in sorted(shares, key=lambda share: share.name not in biases):
         if share.name in added:
             continue
-        bias = biases.get(share.name)
-        multipliers = plan.multipliers[share.name], 0.0 if bias is None else plan.multipliers[bias]
-        if add_share(blocks[plan.groups[share.name]], share, derivatives, multipliers) and bias is not None:
-            added.add(bias)
-
-
-class _Backward:
-    """Derivatives by the outputs of recorded calls, for ranges of model outputs."""
-
-    def __init__(self, part: Recording, used: list[int]) -> None:
-        self.output = part.batch.output
-        self.shapes = [site.shape for site in part.capture.sites]
-        self.used = used
-        self.gradients = Gradients(self.output, [part.capture.sites[site].edge for site in used])
-
-    def __call__(self, units: slice, reduce: str) -> list[Tensor]:
-        """For each call [units, *output]; calls that are not used get no memory."""
-        n, o = self.output.shape
-        if reduce == "sum":
-            seeds = self.output.new_ones(1, n, o)
-        else:
-            seeds = torch.eye(o, dtype=self.output.dtype, device=self.output.device)[units, None, :].expand(-1, n, o)
-        found = dict(zip(self.used, self.gradients(seeds), strict=True))
-        zero = self.output.new_zeros(())
-        derivatives = []
-        for number, shape in enumerate(self.shapes):
-            gradient = found.get(number)
-            derivatives.append(zero.expand(len(seeds), *shape) if gradient is None else gradient)
-        return derivatives
+        with_bias = add_share(blocks[plan.groups[share.name]], share, derivatives, _multipliers(share, biases, plan))
+        if with_bias and share.name in biases:
+            added.add(biases[share.name])
 
 
 def _values(kernel: Tensor, scale: float, sizes: tuple[int, int, int], reduce: str, symmetric: bool) -> np.ndarray:
     n, m, o = sizes
     if symmetric:
         mirror(kernel)
-    kernel = kernel.mul_(scale).cpu()
+    kernel = (kernel if scale == 1 else kernel.mul_(scale)).cpu()
     if reduce != "none":
         return kernel.numpy()
     return kernel.reshape(o, n, o, m).permute(1, 3, 0, 2).numpy()
@@ -348,7 +439,7 @@ def _row_source(share: Share, bases: list[Tensor] | None, side: int, part: Recor
         }
         if bases is None:
             return share.written(side, derivatives, 1).flatten(1)
-        return outer(bases[side].unsqueeze(0), share.right(side, derivatives, 1)).mT.flatten(1)
+        return outer(bases[side].unsqueeze(0), fold(share.right(side, derivatives, 1)), c).movedim(2, 0).flatten(1)
 
     features = math.prod(share.shape) if bases is None else share.features(bases[side].shape[1])
     edges = tuple(part.capture.sites[number].edge for number in numbers)

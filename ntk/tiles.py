@@ -121,7 +121,7 @@ def choose_tiling(recordings: Sequence[Recording], plan: Contraction) -> Tiling 
     if plan.max_memory is None:
         return Tiling(most, 1, outputs, outputs + FORWARD)
     found = []
-    divisible = all(_apart(part) for part in recordings)
+    divisible = all(part.capture.apart(part.batch.output) for part in recordings)
     for tiles in (2**power for power in range(most.bit_length() + 1 if divisible else 1)):
         size = math.ceil(most / tiles)
         # A Gram matrix has tiles of two batches too.
@@ -135,13 +135,6 @@ def choose_tiling(recordings: Sequence[Recording], plan: Contraction) -> Tiling 
 
 def _times(tiles: int) -> int:
     return tiles + 1 if tiles > 1 else 1
-
-
-def _apart(part: Recording) -> bool:
-    """Whether it is known, without a test, that no example acts on another on the way to the output."""
-    output, capture = part.batch.output, part.capture
-    certain = not (capture.normalized or capture.doubtful_sites() or capture.connected(output))
-    return certain and all(site.shape[:1] == output.shape[:1] for site in capture.sites)
 
 
 def _may_be_cut(model: torch.nn.Module, inputs: Inputs, tiling: Tiling, evaluation: Evaluation) -> bool:

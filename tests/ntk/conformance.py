@@ -48,6 +48,8 @@ def reduced(values: torch.Tensor, reduce: str) -> torch.Tensor:
 def assert_same(result: ntk.KernelResult, expected: torch.Tensor, relative: float = RELATIVE) -> None:
     assert result.shape == tuple(expected.shape)
     assert np.abs(result.values - expected.numpy()).max() <= relative * float(expected.abs().max())
+    if result.symmetric and result.implementation != SLOW:  # mirrored, so that nobody looks whether it is
+        assert np.array_equal(result.values, result.values.transpose((1, 0, 3, 2)[: result.values.ndim]))
 
 
 def scaled(rows: dict[str, torch.Tensor], multipliers: dict[str, float]) -> dict[str, torch.Tensor]:

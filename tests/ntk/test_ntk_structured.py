@@ -3,6 +3,8 @@
 That its kernel is right is what tests/ntk/test_ntk_conformance.py shows, of every route.
 """
 
+import math
+
 import numpy as np
 import pytest
 import torch
@@ -72,16 +74,30 @@ def test_every_way_to_sum(name: str, reduce: str, way: str, monkeypatch: pytest.
 
 @pytest.mark.parametrize("reduce", ["none", "trace", "sum"])
 @pytest.mark.parametrize("cross", [False, True])
-@pytest.mark.parametrize("units", [1, 2])
-@pytest.mark.parametrize("name", ["conv2d groups", "linear over positions", "batch norm"])
-def test_chunks_of_outputs(name: str, units: int, cross: bool, reduce: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(structured, "_units_at_once", lambda *arguments: units)
-    monkeypatch.setattr(structured, "ENTRIES", 50)
+@pytest.mark.parametrize(("units", "in_flight"), [(1, 1), (2, 1), (2, 2), (3, 1), (3, 2)])
+@pytest.mark.parametrize("name", ["linear", "conv2d", "conv2d groups", "linear over positions", "batch norm"])
+def test_chunks_of_outputs(
+    name: str, units: int, in_flight: int, cross: bool, reduce: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    portions = structured._Portions(units, in_flight, entries=50, sums=math.inf)
+    monkeypatch.setattr(structured, "_portions", lambda *arguments: portions)
     monkeypatch.setattr(blocks, "STRIP", 3)
+    monkeypatch.setattr(blocks, "WRITTEN", 50)
+    monkeypatch.setattr(blocks, "PRODUCTS", 20)
     model, x1, x2 = build(name)
     first, second = jacobian(model, x1), jacobian(model, x2)
     expected = kernel(first, second if cross else first)
     assert_same(ntk.empirical_ntk(model, x1, x2 if cross else None, reduce=reduce), reduced(expected, reduce))
+
+
+@pytest.mark.parametrize("reduce", ["none", "trace"])
+@pytest.mark.parametrize("name", MODULES)
+def test_one_output_at_a_time(name: str, reduce: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(structured, "IN_CACHE", 1)
+    model, x1, x2 = build(name)
+    first, second = jacobian(model, x1), jacobian(model, x2)
+    assert_same(ntk.empirical_ntk(model, x1, reduce=reduce), reduced(kernel(first, first), reduce))
+    assert_same(ntk.empirical_ntk(model, x1, x2, reduce=reduce), reduced(kernel(first, second), reduce))
 
 
 def test_memory_that_is_too_little() -> None:
