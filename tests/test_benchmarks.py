@@ -13,6 +13,7 @@ from torch import nn
 
 from benchmarks.empirical_ntk import floor, oracle, report, rounds
 from benchmarks.empirical_ntk import problem as problems
+from benchmarks.empirical_ntk.contenders import hand_written
 from benchmarks.empirical_ntk.contenders.blocks import block_size, in_blocks
 from benchmarks.empirical_ntk.contenders.ours import kernel
 from benchmarks.empirical_ntk.contenders.registry import CONTENDERS, GEMM, OURS
@@ -71,6 +72,13 @@ def test_the_check_passes_the_kernel_and_catches_a_wrong_one(problem: Problem) -
         if not name.endswith("bias")
     )
     assert problem.error(without_biases) > 1e-4
+
+
+@pytest.mark.parametrize("name", ["T1", "T2", "T3"])
+def test_the_one_written_out_is_right(name: str, tmp_path: Path) -> None:
+    np.savez(tmp_path / "problem.npz", **oracle.make(TASKS[name], 3))
+    problem = load(tmp_path / "problem.npz")
+    assert problem.error(hand_written.linear_relu(problem, "cpu")()) < 1e-6
 
 
 def _jacobian(model: nn.Module, x: torch.Tensor) -> dict[str, np.ndarray]:

@@ -79,11 +79,11 @@ def seconds(record: Record) -> float | None:
 
 
 def best_peer(task: Record) -> str | None:
-    """The fastest contender that is not ours."""
+    """The fastest of the libraries of others."""
     peers = {
         name: found.median
         for name, record in task["contenders"].items()
-        if name not in {OURS, GEMM} and not name.startswith("ours") and (found := ratio(record)) is not None
+        if CONTENDERS[name].peer and (found := ratio(record)) is not None
     }
     return min(peers, key=peers.get) if peers else None
 

@@ -26,6 +26,7 @@ class Contender:
         distributions: Whose versions the report states.
         tasks: Names of the tasks it takes part in.
         cuda: Whether it takes part on a GPU.
+        peer: Whether it is somebody else's library.
     """
 
     name: str
@@ -34,6 +35,7 @@ class Contender:
     distributions: tuple[str, ...]
     tasks: tuple[str, ...] = _DENSE
     cuda: bool = False
+    peer: bool = True
 
     def load(self) -> Callable[..., Callable[[], Any]]:
         """Import it."""
@@ -54,8 +56,26 @@ CONTENDERS = {
             ("torch",),
             (*_DENSE, "T6", "T6-float64", "T7", "T1-1GiB"),
             cuda=True,
+            peer=False,
         ),
-        Contender(GEMM, "one matrix product", "gemm:product", ("torch",), (*_DENSE, "T6", "T6-float64"), cuda=True),
+        Contender(
+            GEMM,
+            "one matrix product",
+            "gemm:product",
+            ("torch",),
+            (*_DENSE, "T6", "T6-float64"),
+            cuda=True,
+            peer=False,
+        ),
+        Contender(
+            "hand-written",
+            "written out for linear layers and ReLU alone",
+            "hand_written:linear_relu",
+            ("torch",),
+            ("T1", "T2", "T3"),
+            cuda=True,
+            peer=False,
+        ),
         Contender(
             "nt-structured",
             "neural-tangents, structured derivatives",
@@ -106,10 +126,18 @@ CONTENDERS = {
             ("T1", "T3", "T4", "T5", "T6"),
         ),
         Contender("naive", "a loop of autograd.grad", "naive:loop", ("torch",), (*_DENSE, "T6"), cuda=True),
-        Contender("ours-operator", "ntk.NtkOperator", "ours:operator", ("torch",), ("T7",), cuda=True),
+        Contender("ours-operator", "ntk.NtkOperator", "ours:operator", ("torch",), ("T7",), cuda=True, peer=False),
         Contender(
             "torch-eigenvalues", "torch.func, then eigvalsh", "torch_func:eigenvalues", ("torch",), ("T7",), cuda=True
         ),
-        Contender("ours-bounded", "ntk.empirical_ntk, max_memory", "ours:bounded", ("torch",), ("T1-1GiB",), cuda=True),
+        Contender(
+            "ours-bounded",
+            "ntk.empirical_ntk, max_memory",
+            "ours:bounded",
+            ("torch",),
+            ("T1-1GiB",),
+            cuda=True,
+            peer=False,
+        ),
     )
 }
