@@ -24,10 +24,10 @@ from ntk.memory import parse_memory
 from ntk.outputs import OutputChoice
 from ntk.parameters import ParameterChoice, select_parameters
 from ntk.projection import Projection, resolve_projection
+from ntk.recording import Recording, record, shares_of
 from ntk.results import AXES, REDUCTIONS
 from ntk.shares import Share, bias_shares
 from ntk.statistics import Statistics
-from ntk.structured import Recording, record, shares_of
 from ntk.tiles import FORWARD, Inputs, Tiling, choose_tiling, sketch
 from ntk.wrappers import measured
 

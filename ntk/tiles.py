@@ -12,12 +12,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ntk.apart import working_memory
 from ntk.contraction import Contraction
 from ntk.forward import Evaluation, cast, compare
 from ntk.memory import Needs
 from ntk.outputs import as_rows
+from ntk.recording import Recording, record, shares_of
 from ntk.sketch import sketch_batch
-from ntk.structured import Recording, contract_structured, record, shares_of, working_memory
+from ntk.structured import contract_structured
 
 FORWARD = 2
 """Forward passes over a batch: one that records, and one that sees whether the model repeats itself."""

@@ -50,7 +50,8 @@ def test_every_module_has_a_plan_and_stays_as_it_was(name: str) -> None:
 def test_operations_are_those_that_torch_counts(
     model: nn.Module, shape: tuple[int, ...], reduce: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A cross kernel, as strips of a triangle are rounded up; torch counts the forward passes, too, of which the second is of two."""
+    """A cross kernel, as strips of a triangle are rounded up; of the forward passes that torch counts, too, the second
+    is of two examples."""
     monkeypatch.setattr(blocks, "_ranking", lambda costs: [min(("positions", "outer"), key=costs.__getitem__)])
     model.double()
     x1, x2 = (torch.randn(n, *shape[1:], dtype=torch.float64) for n in (shape[0], shape[0] - 1))

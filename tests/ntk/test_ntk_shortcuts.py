@@ -14,8 +14,8 @@ from ntk.capture import Capture
 from ntk.contraction import Contraction
 from ntk.convolution import convolve
 from ntk.forward import Evaluation
+from ntk.recording import record, shares_of
 from ntk.separable import separate
-from ntk.structured import record, shares_of
 from tests.ntk.modules import Apply
 from tests.ntk.oracle import jacobian, kernel
 

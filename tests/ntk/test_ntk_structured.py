@@ -11,10 +11,10 @@ import torch
 from torch import nn
 
 import ntk
-from ntk import blocks, structured
+from ntk import apart, blocks, structured
 from ntk import errors as ntk_errors
 from ntk.forward import Evaluation
-from ntk.structured import record
+from ntk.recording import record
 from tests.ntk.conformance import assert_same, reduced
 from tests.ntk.modules import MODULES, Apply, build
 from tests.ntk.oracle import jacobian, kernel
@@ -79,8 +79,8 @@ def test_every_way_to_sum(name: str, reduce: str, way: str, monkeypatch: pytest.
 def test_chunks_of_outputs(
     name: str, units: int, in_flight: int, cross: bool, reduce: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    portions = structured._Portions(units, in_flight, entries=50, sums=math.inf)
-    monkeypatch.setattr(structured, "_portions", lambda *arguments: portions)
+    portions = apart.Portions(units, in_flight, entries=50, sums=math.inf)
+    monkeypatch.setattr(structured, "choose_portions", lambda *arguments: portions)
     monkeypatch.setattr(blocks, "STRIP", 3)
     monkeypatch.setattr(blocks, "WRITTEN", 50)
     monkeypatch.setattr(blocks, "PRODUCTS", 20)
@@ -93,7 +93,7 @@ def test_chunks_of_outputs(
 @pytest.mark.parametrize("reduce", ["none", "trace"])
 @pytest.mark.parametrize("name", MODULES)
 def test_one_output_at_a_time(name: str, reduce: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(structured, "IN_CACHE", 1)
+    monkeypatch.setattr(apart, "IN_CACHE", 1)
     model, x1, x2 = build(name)
     first, second = jacobian(model, x1), jacobian(model, x2)
     assert_same(ntk.empirical_ntk(model, x1, reduce=reduce), reduced(kernel(first, first), reduce))
