@@ -86,10 +86,30 @@ class Counts(nn.Module):
         return x * self.calls
 
 
-@pytest.mark.parametrize("layer", [Random, Counts])
+class Alternates(Counts):
+    """Is what it was at every other call."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.calls += 1
+        return x * (1 + self.calls % 2)
+
+
+class TakesEight(nn.Module):
+    """Knows how many examples will come."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x.view(8, -1)
+
+
+@pytest.mark.parametrize("layer", [Random, Counts, Alternates])
 def test_random_and_self_mutating_models(net: nn.Module, x: torch.Tensor, layer: type[nn.Module]) -> None:
     with refused(errors.NondeterministicModelError, "two runs on x1 differ", "changes itself", ".eval()"):
         ntk.empirical_ntk(nn.Sequential(net, layer()), x)
+
+
+def test_a_model_for_so_many_examples_is_not_random(net: nn.Module) -> None:
+    x = torch.randn(8, 4, dtype=next(net.parameters()).dtype)
+    assert ntk.empirical_ntk(nn.Sequential(net, TakesEight()), x).shape[0] == 8
 
 
 @pytest.mark.parametrize(
