@@ -13,7 +13,7 @@ from ntk.capture import Site
 from ntk.contraction import Gradients
 
 IN_CACHE = 2**22
-"""Bytes of the largest derivative that one backward pass writes (the fastest power of 2 on 2 cores)."""
+"""Bytes of the largest derivative that one backward pass writes (chosen by trial on 2 cores)."""
 
 Rights = Mapping[int, Callable[[Tensor], Tensor]]
 """Number of a call -> its derivatives as a factor, [u, M, g, Q, P]."""

@@ -21,7 +21,7 @@ ENTRIES = 2**25
 """Entries that a temporary may have (chosen, not tuned)."""
 
 WRITTEN = 2**22
-"""Entries of gradients that are written out at once (the fastest power of 2 on 2 cores)."""
+"""Entries of gradients that are written out at once (chosen by trial on 2 cores)."""
 
 PRODUCTS = 2**20
 """Entries of a product of pairs of positions (chosen, not tuned)."""

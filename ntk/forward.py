@@ -1,7 +1,7 @@
 """One whole batch through a model, leaving the model untouched."""
 
 import contextlib
-from collections.abc import Generator, Iterable, Mapping
+from collections.abc import Callable, Generator, Iterable, Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -207,12 +207,19 @@ def run_batch(
         capture.prune(output)
     with torch.enable_grad():  # a model may differentiate inside its forward pass
         constants = {name: value.detach() for name, value in parameters.items()}
+
+        def again(examples: torch.Tensor, moments: Moments | None) -> torch.Tensor:
+            returned = evaluation.outputs(model, examples, constants, moments, argument)
+            return as_rows(returned, len(examples), argument)
+
         apart = capture is not None and moments is None and capture.apart(output)
         in_part = apart and torch.equal(drawn, torch.get_rng_state())
-        if not (in_part and _repeats_in_part(model, x, constants, evaluation, argument, output)):
-            _check_repeats(model, x, constants, evaluation, argument, output, times=2 if in_part else 1)
+        if not (in_part and _repeats_in_part(again, x, output)):
+            for _ in range(2 if in_part else 1):  # a model may change to and fro
+                _check_repeats(again(x, evaluation.moments(model, x, constants, constants)), output, argument)
         if moments is not None and len(x) > 1:
-            _check_apart(model, x, constants, evaluation, moments, argument, output)
+            half = x[: len(x) // 2]
+            _check_apart(again(half, moments), output, argument, evaluation.statistics.choice)
     return Batch(output, {name: parameters[name] for name in parameters if name in selected}, sizes)
 
 
@@ -268,71 +275,44 @@ def no_recomputation() -> Generator[None, None, None]:
 
 
 def _repeats_in_part(
-    model: torch.nn.Module,
-    x: torch.Tensor,
-    parameters: dict[str, torch.Tensor],
-    evaluation: Evaluation,
-    argument: str,
-    output: torch.Tensor,
+    again: Callable[[torch.Tensor, None], torch.Tensor], x: torch.Tensor, output: torch.Tensor
 ) -> bool:
     """Whether the first few examples, run alone, have the outputs that they had among all."""
     part = x[: max(2, len(x) // 8)]
     try:
-        again = as_rows(evaluation.outputs(model, part, parameters, None, argument), len(part), argument)
-    except (RuntimeError, ValueError, IndexError):  # it does not take so few
+        difference, _, allowed = compare(again(part, None), output[: len(part)])
+    except Exception:  # whatever a model says of so few; all of them it has taken
         return False
-    difference, _, allowed = compare(again, output[: len(part)])
     return difference <= allowed
 
 
-def _check_repeats(
-    model: torch.nn.Module,
-    x: torch.Tensor,
-    parameters: dict[str, torch.Tensor],
-    evaluation: Evaluation,
-    argument: str,
-    output: torch.Tensor,
-    times: int,
-) -> None:
-    """Run once more, or twice, as a model may change to and fro.
+def _check_repeats(repeated: torch.Tensor, output: torch.Tensor, argument: str) -> None:
+    """See that a second run gave the output of the first.
 
     Raises:
-        NondeterministicModelError: A run gave another output.
+        NondeterministicModelError: It did not.
     """
-    for _ in range(times):
-        moments = evaluation.moments(model, x, parameters, parameters)
-        again = as_rows(evaluation.outputs(model, x, parameters, moments, argument), len(x), argument)
-        difference, scale, allowed = compare(again, output)
-        if difference > allowed:
-            raise NondeterministicModelError(
-                f"model must give one output for one input, and two runs on {argument} differ by up to "
-                f"{difference:.3g} (outputs up to {scale:.3g}): it is random, or it changes itself when called. "
-                "Switch functional dropout off, fix its noise, or call .eval() on the module that does it."
-            )
+    difference, scale, allowed = compare(repeated, output)
+    if difference > allowed:
+        raise NondeterministicModelError(
+            f"model must give one output for one input, and two runs on {argument} differ by up to {difference:.3g} "
+            f"(outputs up to {scale:.3g}): it is random, or it changes itself when called. "
+            "Switch functional dropout off, fix its noise, or call .eval() on the module that does it."
+        )
 
 
-def _check_apart(
-    model: torch.nn.Module,
-    x: torch.Tensor,
-    parameters: dict[str, torch.Tensor],
-    evaluation: Evaluation,
-    moments: Moments,
-    argument: str,
-    output: torch.Tensor,
-) -> None:
-    """See that half of the examples have the outputs they have among all.
+def _check_apart(alone: torch.Tensor, output: torch.Tensor, argument: str, choice: str) -> None:
+    """See that some examples have the outputs alone that they have among all.
 
     Raises:
         StatisticsError: They have not.
     """
-    half = x[: len(x) // 2]
-    alone = as_rows(evaluation.outputs(model, half, parameters, moments, argument), len(half), argument)
-    difference, scale, allowed = compare(alone, output[: len(half)])
+    difference, scale, allowed = compare(alone, output[: len(alone)])
     if difference > allowed:
         raise StatisticsError(
-            f"batch_statistics={evaluation.statistics.choice!r} makes a kernel of two examples, but an output on "
-            f"{argument} changes by up to {difference:.3g} (outputs up to {scale:.3g}) with the other examples of the "
-            "batch: they meet somewhere else than in torch.nn.functional.batch_norm. Take batch_statistics='batch'."
+            f"batch_statistics={choice!r} makes a kernel of two examples, but an output on {argument} changes by up to "
+            f"{difference:.3g} (outputs up to {scale:.3g}) with the other examples of the batch: they meet somewhere "
+            "else than in torch.nn.functional.batch_norm. Take batch_statistics='batch'."
         )
 
 

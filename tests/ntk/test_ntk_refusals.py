@@ -98,7 +98,8 @@ class TakesEight(nn.Module):
     """Knows how many examples will come."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return x.view(8, -1)
+        assert len(x) == 8
+        return x
 
 
 @pytest.mark.parametrize("layer", [Random, Counts, Alternates])
