@@ -13,10 +13,12 @@ from dataclasses import dataclass
 from typing import Any, Self
 
 import torch
+import torch.nn.functional as F
 from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves, tree_map
 
+from ntk.attention import attend
 from ntk.convolution import LAYOUTS, convolve
 from ntk.examplewise import keeps_examples_apart, normalizes_over_batch
 from ntk.factors import Factor
@@ -104,12 +106,23 @@ class Capture(TorchFunctionMode):
             output = func(*args, **kwargs)
             self._nodes_seen = _nodes_made()
             return output
+        if func is F.multi_head_attention_forward and (attended := self._attend(args, kwargs)) is not None:
+            return attended
         output = self._record(func, args, kwargs)
         self._nodes_seen = _nodes_made()
         if normalizes_over_batch(func, args, kwargs):
             self.coupled, self.normalized = before, True
         elif not keeps_examples_apart(func, args, kwargs, output) and _may_carry_gradients(output):
             self.doubtful = before
+        return output
+
+    def _attend(self, args: Sequence, kwargs: dict) -> tuple[torch.Tensor, torch.Tensor | None] | None:
+        """Multi-head attention with its projections recorded, or None; that examples do not meet is to be tested."""
+        if not (self.rearrange and self._watched(args, kwargs)):
+            return None
+        output = attend(lambda *inputs: self._record(F.linear, inputs, {}), *args, **kwargs)
+        self.doubtful = len(self.sites)
+        self._nodes_seen = _nodes_made()
         return output
 
     def __enter__(self) -> Self:

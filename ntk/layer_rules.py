@@ -59,6 +59,16 @@ def _matmul(named: Named, input: object, other: object) -> list[Factor]:
     ]
 
 
+def _addmm(
+    named: Named, input: Tensor, mat1: Tensor, mat2: Tensor, *, beta: float = 1, alpha: float = 1
+) -> list[Factor]:
+    factors = _matmul(named, mat1, mat2) if beta == alpha == 1 else []
+    for weight in factors:
+        if input.shape == mat2.shape[1:] and (bias := named(input)):
+            return [weight, Written(bias, lambda d: d, weight.name)]
+    return factors
+
+
 def _convolution(dims: int) -> Rule:
     """Rule of torch.conv1d, conv2d or conv3d."""
 
@@ -213,6 +223,8 @@ _RULES: dict[Callable, Rule] = {
     torch.matmul: _matmul,
     torch.Tensor.matmul: _matmul,
     torch.Tensor.__matmul__: _matmul,
+    torch.addmm: _addmm,
+    torch.Tensor.addmm: _addmm,
     torch.conv1d: _convolution(1),
     torch.conv2d: _convolution(2),
     torch.conv3d: _convolution(3),

@@ -14,6 +14,10 @@ Example = tuple[int, ...] | str
 """Shape of one example, or "tokens" for four out of a vocabulary of five."""
 
 
+LAST = torch.tensor([[False, False, True]])
+"""Of three keys, the one that a query must not see."""
+
+
 class Apply(nn.Module):
     """A module from a function of itself, its modules and parameters, and x."""
 
@@ -98,6 +102,10 @@ def attention(self: Apply, x: torch.Tensor) -> torch.Tensor:
     query, key, value = (part.unflatten(2, (2, 2)).transpose(1, 2) for part in self.project(x).chunk(3, 2))
     mixed = F.scaled_dot_product_attention(query, key, value, is_causal=True)
     return self.out(mixed.transpose(1, 2).flatten(2)).mean(1)
+
+
+def attended_and_weights(attended: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+    return attended.mean(1) + weights[:, 1, :, 0]
 
 
 def direct_batch_norm(self: Apply, x: torch.Tensor) -> torch.Tensor:
@@ -339,6 +347,31 @@ OTHERS = {
         e=nn.Linear(3, 4),
         a=nn.MultiheadAttention(4, 2, batch_first=True),
         b=nn.Linear(4, 2),
+    ),
+    "attention, positions first": lambda: of_sequence(
+        lambda s, x: s.b(s.a(*[s.e(x.transpose(0, 1))] * 3, need_weights=False)[0].mean(0)),
+        e=nn.Linear(3, 4),
+        a=nn.MultiheadAttention(4, 2),
+        b=nn.Linear(4, 2),
+    ),
+    "attention to another sequence": lambda: of_sequence(
+        lambda s, x: sum(s.a(s.e(x[:, :1]), *[s.e(x[:, 1:])] * 2, attn_mask=LAST)[0].mean(1) for _ in range(2)),
+        e=nn.Linear(3, 4),
+        a=nn.MultiheadAttention(4, 2, add_bias_kv=True, add_zero_attn=True, batch_first=True),
+    ),
+    "attention with its weights": lambda: of_sequence(
+        lambda s, x: attended_and_weights(*s.a(s.e(x), s.f(x), s.e(x).tanh(), average_attn_weights=False)),
+        e=nn.Linear(3, 4),
+        f=nn.Linear(3, 4),
+        a=nn.MultiheadAttention(4, 2, bias=False, batch_first=True),
+    ),
+    "attention of other widths": lambda: of_sequence(
+        lambda s, x: s.a(s.e(x), x, x)[0].mean(1),
+        e=nn.Linear(3, 4),
+        a=nn.MultiheadAttention(4, 2, kdim=3, vdim=3, batch_first=True),
+    ),
+    "attention over examples": lambda: of_vector(
+        lambda s, x: s.a(*[x.unsqueeze(0)] * 3)[0][0], a=nn.MultiheadAttention(4, 2, batch_first=True)
     ),
     "transformer": lambda: (
         nn.Sequential(

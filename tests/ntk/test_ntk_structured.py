@@ -32,7 +32,6 @@ WITHOUT_RULE = {
     "weight transposed": {"w"},
     "weight on the left": {"w"},
     "weight by einsum": {"w"},
-    "addmm": {"w", "b"},
     "baddbmm": {"w", "b"},
     "bilinear": {"a.weight", "a.bias"},
     "weight norm": {"0.parametrizations.weight.original0", "0.parametrizations.weight.original1"},
@@ -46,8 +45,10 @@ WITHOUT_RULE = {
     "embedding bag": {"e.weight"},
     "input gradient": {"inner.weight", "inner.bias", "norm.weight", "norm.bias", "head.weight"},
     "torch.func inside": {"a.weight", "a.bias", "b.weight"},
-    "attention": {"a.in_proj_weight", "a.in_proj_bias", "a.out_proj.weight", "a.out_proj.bias"},
-    "transformer": {f"0.self_attn.{n}" for n in ("in_proj_weight", "in_proj_bias", "out_proj.weight", "out_proj.bias")},
+    "attention to another sequence": {"a.bias_k", "a.bias_v"},
+    "attention of other widths": {
+        f"a.{n}" for n in ("in_proj_bias", *(f"{k}_proj_weight" for k in "qkv"), "out_proj.weight", "out_proj.bias")
+    },
     "gru": {f"a.{kind}_{gate}_l0" for kind in ("weight", "bias") for gate in ("ih", "hh")},
     "lstm": {f"a.{kind}_{gate}_l0" for kind in ("weight", "bias") for gate in ("ih", "hh")},
     "rnn cell": {f"a.{kind}_{gate}" for kind in ("weight", "bias") for gate in ("ih", "hh")},
@@ -124,6 +125,8 @@ def test_where_examples_meet() -> None:
     }  # fmt: skip
     assert set(independent("linear over folded positions").values()) == {True}
     assert set(independent("group norm").values()) == {True}
+    assert set(independent("transformer").values()) == {True}
+    assert set(independent("attention over examples").values()) == {False}
 
 
 def test_examples_that_meet_are_not_taken_apart(monkeypatch: pytest.MonkeyPatch) -> None:
