@@ -7,6 +7,7 @@ the tensor, not the edge. A model that differentiates inside its forward pass re
 `Capture.leaks` looks for edges that enter a recorded call by another way.
 """
 
+import weakref
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -19,6 +20,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves, tree_map
 
 from ntk.attention import attend
+from ntk.computed import ComputedWeights
 from ntk.convolution import LAYOUTS, convolve
 from ntk.examplewise import keeps_examples_apart, normalizes_over_batch
 from ntk.factors import Factor
@@ -73,18 +75,23 @@ class Capture(TorchFunctionMode):
         self.normalized = False
         self._nodes_seen = _nodes_made()
         self._every: dict[int, str] = {}
+        self._data: dict[int, weakref.ref] = {}
         self._names: dict[int, str] = {}
-        self._parameters: dict[str, torch.Tensor] = {}
+        self.parameters: dict[str, torch.Tensor] = {}
+        self.computed = ComputedWeights({})
 
-    def watch(self, parameters: Mapping[str, torch.Tensor]) -> None:
-        """Say which tensors are parameters of the kernel.
+    def watch(self, parameters: Mapping[str, torch.Tensor], examples: Iterable[torch.Tensor]) -> None:
+        """Say which tensors are parameters of the kernel, and which are not the model's own.
 
         Args:
             parameters: Name -> leaf tensor.
+            examples: What the model is applied to, and whatever else is computed from examples.
         """
+        self._follow(examples)
         self._every = {id(value): name for name, value in parameters.items()}
-        self._parameters = {name: value for name, value in parameters.items() if name not in self.excluded}
-        self._names = {id(value): name for name, value in self._parameters.items()}
+        self.parameters = {name: value for name, value in parameters.items() if name not in self.excluded}
+        self._names = {id(value): name for name, value in self.parameters.items()}
+        self.computed = ComputedWeights(self.parameters)
 
     def __torch_function__(
         self, func: Callable, types: object, args: Sequence = (), kwargs: dict | None = None
@@ -105,11 +112,15 @@ class Capture(TorchFunctionMode):
         if not torch.is_grad_enabled() or _inside_transform():
             output = func(*args, **kwargs)
             self._nodes_seen = _nodes_made()
+            self._follow(output, args, kwargs)
             return output
         if func is F.multi_head_attention_forward and (attended := self._attend(args, kwargs)) is not None:
             return attended
         output = self._record(func, args, kwargs)
         self._nodes_seen = _nodes_made()
+        self._follow(output, args, kwargs)
+        if all(self._named(leaf) for leaf in tree_leaves(output)):  # a weight that is computed
+            return output
         if normalizes_over_batch(func, args, kwargs):
             self.coupled, self.normalized = before, True
         elif not keeps_examples_apart(func, args, kwargs, output) and _may_carry_gradients(output):
@@ -118,9 +129,10 @@ class Capture(TorchFunctionMode):
 
     def _attend(self, args: Sequence, kwargs: dict) -> tuple[torch.Tensor, torch.Tensor | None] | None:
         """Multi-head attention with its projections recorded, or None; that examples do not meet is to be tested."""
-        if not (self.rearrange and self._watched(args, kwargs)):
+        if not (self.rearrange and self._of_examples(args, kwargs)):
             return None
         output = attend(lambda *inputs: self._record(F.linear, inputs, {}), *args, **kwargs)
+        self._follow(output)
         self.doubtful = len(self.sites)
         self._nodes_seen = _nodes_made()
         return output
@@ -143,12 +155,15 @@ class Capture(TorchFunctionMode):
     def _record(self, func: Callable, args: Sequence, kwargs: dict) -> Any:
         """Run one function, and note the call if all that its parameters reach is its output."""
         rule = find_rule(func)
-        factors = rule(self._named, *args, **kwargs) if rule and self._watched(args, kwargs) else []
+        factors = rule(self._named, *args, **kwargs) if rule and self._of_examples(args, kwargs) else []
         names = Counter(factor.name for factor in factors)
         sources = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)] if factors else []
         if names != Counter(name for leaf in sources if (name := self._named(leaf)) in names):
             return self._run(func, args, kwargs, ())  # a weight that is its own input has a second gradient
-        aliases = {id(self._parameters[name]): self._parameters[name].detach().requires_grad_() for name in names}
+        weights = [
+            self.computed.tensors[name] if name in self.computed.tensors else self.parameters[name] for name in names
+        ]
+        aliases = {id(weight): weight.detach().requires_grad_() for weight in weights}
         if aliases:
             args, kwargs = tree_map(lambda leaf: aliases.get(id(leaf), leaf), (args, kwargs))
         output = self._run(func, args, kwargs, aliases.values())
@@ -175,11 +190,30 @@ class Capture(TorchFunctionMode):
             args = args[0].contiguous(), *args[1:]
         return func(*args, **kwargs)
 
-    def _named(self, value: object) -> str | None:
-        return self._names.get(id(value)) if isinstance(value, torch.Tensor) else None
+    def _follow(self, made: object, *sources: object) -> None:
+        """Note that tensors are made of examples, if any of their sources is."""
+        if not sources or any(self._of_data(leaf) for leaf in tree_leaves(sources)):
+            for leaf in tree_leaves(made):
+                if isinstance(leaf, torch.Tensor):
+                    self._data[id(leaf)] = weakref.ref(leaf)
 
-    def _watched(self, args: Sequence, kwargs: dict) -> bool:
-        return any(id(leaf) in self._names for leaf in (*args, *kwargs.values()))
+    def _of_data(self, value: object) -> bool:
+        known = self._data.get(id(value))
+        return known is not None and known() is value
+
+    def _named(self, value: object) -> str | None:
+        """The name of a parameter, or one for a weight computed from parameters."""
+        if not isinstance(value, torch.Tensor):
+            return None
+        name = self._names.get(id(value))
+        return self.computed.name(value) if name is None and not self._of_data(value) else name
+
+    def _of_examples(self, args: Sequence, kwargs: dict) -> bool:
+        """Whether a call applies a weight to something else, and does not compute one."""
+        named = [
+            self._named(leaf) is not None for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)
+        ]
+        return any(named) and not all(named)
 
     def prune(self, output: torch.Tensor) -> None:
         """Forget the calls that the output does not depend on, as behind the last statistics of a reference batch.
@@ -192,6 +226,14 @@ class Capture(TorchFunctionMode):
         self.coupled = sum(number < self.coupled for number, _ in kept)
         self.doubtful = sum(number < self.doubtful for number, _ in kept)
         self.sites = [site for _, site in kept]
+
+    @property
+    def recorded(self) -> set[str]:
+        """The parameters of all recorded calls."""
+        return self._sources(self.sites)
+
+    def _sources(self, sites: Iterable[Site]) -> set[str]:
+        return {name for site in sites for factor in site.factors for name in self.computed.sources(factor.name)}
 
     def connected(self, output: torch.Tensor) -> set[str]:
         """Parameters that the output depends on through a use without a rule.
@@ -221,10 +263,8 @@ class Capture(TorchFunctionMode):
         Args:
             output: Of the model.
         """
-        recorded = {factor.name for site in self.sites for factor in site.factors}
         changed = [site for site in self.sites if any(source._version != version for source, version in site.sources)]
-        spoiled = {factor.name for site in (*changed, *self._bypassed(output)) for factor in site.factors}
-        return recorded & (self.connected(output) | spoiled)
+        return self.recorded & self.connected(output) | self._sources((*changed, *self._bypassed(output)))
 
     def _bypassed(self, output: torch.Tensor) -> list[Site]:
         """Calls whose parameters the output depends on otherwise than through the output of the call."""

@@ -56,5 +56,22 @@ class Written:
     bias_of: str | None = None
 
 
-Factor = Product | Written
+@dataclass(frozen=True, eq=False)
+class Computed:
+    """A parameter that a weight is computed from.
+
+    Attributes:
+        name: Of the parameter.
+        weight: What the gradient of the weight is made of.
+        shape: Of the weight.
+        pull: Gradients by the weight [r, *shape] -> by the parameter [r, *parameter].
+    """
+
+    name: str
+    weight: Product | Written
+    shape: tuple[int, ...]
+    pull: Callable[[Tensor], Tensor]
+
+
+Factor = Product | Written | Computed
 Rule = Callable[..., list[Factor]]

@@ -193,7 +193,8 @@ def run_batch(
         for name in selected:
             parameters[name].requires_grad_(True)
         if capture is not None:
-            capture.watch({name: value for name, value in parameters.items() if name in selected})
+            examples = [value for value in (x, evaluation.statistics.reference) if value is not None]
+            capture.watch({name: value for name, value in parameters.items() if name in selected}, examples)
         same = all(value.dtype == parameters[name].dtype for name, value in model.named_parameters())
         kept = contextlib.nullcontext() if same and not evaluation.statistics.two_passes else no_recomputation()
         drawn = torch.get_rng_state()

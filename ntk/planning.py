@@ -18,7 +18,7 @@ from ntk.checks import check_inputs, check_model
 from ntk.contraction import MAX_CHUNK, Contraction, kernel_bytes
 from ntk.costs import factored, pairs_of_rows
 from ntk.errors import UnknownNameError
-from ntk.factors import Product
+from ntk.factors import Computed, Product
 from ntk.forward import Evaluation
 from ntk.memory import parse_memory
 from ntk.outputs import OutputChoice
@@ -276,12 +276,15 @@ class _Work:
 
     def forward(self, share: Share) -> float:
         """Operations of the calls that use a parameter, in one pass over all batches."""
-        factors = [factor for uses in share.uses for _, factor in uses if isinstance(factor, Product)]
-        counts = [count for uses, count in zip(share.uses, self.examples, strict=False) for _ in uses]
+        factors = [
+            (factor.weight if isinstance(factor, Computed) else factor, n)
+            for uses, n in zip(share.uses, self.examples, strict=False)
+            for _, factor in uses
+        ]
         return sum(
             2.0 * n * math.prod(factor.sizes)
-            for factor, n in zip(factors, counts, strict=False)
-            if factor.tokens is None
+            for factor, n in factors
+            if isinstance(factor, Product) and factor.tokens is None
         )
 
     def _layer(self, share: Share) -> LayerPlan:
@@ -295,7 +298,7 @@ class _Work:
         if together:
             way, cost = "rows", self._by_rows(backward, *self._shortened(share, forward, features))
         else:
-            way, cost = self._by_outputs(share, backward, features)
+            way, cost = self._by_outputs(share, backward, forward, features)
         return LayerPlan(share.name, way, {"structured": cost, **self._general(backward, forward, features)})
 
     def without_rule(self, name: str, features: int, forward: float) -> LayerPlan:
@@ -303,7 +306,7 @@ class _Work:
         general = self._general(forward, forward, features)
         return LayerPlan(name, "jacobian", {"structured": general["jacobian_contraction"], **general})
 
-    def _by_outputs(self, share: Share, backward: float, features: int) -> tuple[str, Cost]:
+    def _by_outputs(self, share: Share, backward: float, forward: float, features: int) -> tuple[str, Cost]:
         """One backward pass for each output."""
         outputs = self._outputs
         sites = sum(
@@ -313,7 +316,8 @@ class _Work:
         )
         held = self.size * outputs * sites
         if not share.factored:
-            return "written", Cost(self._products_of_rows(features), held)
+            writing = self.passes * backward + outputs * forward
+            return "written", Cost(writing + self._products_of_rows(features), held)
         g, k, p, q = share.total_sizes(0)
         p2 = share.total_sizes(-1)[2]
         ways = partial(

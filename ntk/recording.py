@@ -1,5 +1,6 @@
 """One batch of a model, with the calls that used its parameters."""
 
+import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -8,8 +9,9 @@ import torch
 from torch import Tensor
 
 from ntk.capture import Capture
-from ntk.contraction import Contraction
+from ntk.contraction import Contraction, Gradients
 from ntk.errors import NondeterministicModelError
+from ntk.factors import Computed, Factor
 from ntk.forward import Batch, Evaluation, run_batch
 from ntk.projection import acts_on_rows
 from ntk.shares import Share
@@ -71,7 +73,7 @@ def _record(
         for argument, x in inputs:
             capture = Capture(excluded, rearrange=rearrange)
             recordings.append(Recording(run(model, x, names, evaluation, argument, capture), capture))
-        found = [{factor.name for site in part.capture.sites for factor in site.factors} for part in recordings]
+        found = [part.capture.recorded for part in recordings]
         leaks = set().union(*(part.capture.leaks(part.batch.output) for part in recordings))
         leaks |= found[0] ^ found[-1]
         if not leaks:
@@ -89,7 +91,7 @@ def shares_of(recordings: Sequence[Recording], plan: Contraction) -> list[Share]
     uses: dict[str, tuple[list, ...]] = {}
     for index, part in enumerate(recordings):
         for number, site in enumerate(part.capture.sites):
-            for factor in site.factors:
+            for factor in itertools.chain.from_iterable(_by_parameter(part.capture, found) for found in site.factors):
                 uses.setdefault(factor.name, tuple([] for _ in recordings))[index].append((number, factor))
     found = []
     for name in plan.multipliers:
@@ -98,3 +100,21 @@ def shares_of(recordings: Sequence[Recording], plan: Contraction) -> list[Share]
             by_rows = projection is None or acts_on_rows(projection, parameter)
             found.append(Share(name, tuple(parameter.shape), uses[name], projection, by_rows))
     return found
+
+
+def _by_parameter(capture: Capture, factor: Factor) -> list[Factor]:
+    """Factors of the parameters, in place of that of a weight computed from them."""
+    weight = capture.computed.tensors.get(factor.name)
+    if weight is None or isinstance(factor, Computed):
+        return [factor]
+    made_of = {name: capture.parameters[name] for name in sorted(capture.computed.sources(factor.name))}
+    return [
+        Computed(name, factor, tuple(weight.shape), partial(_pull, Gradients(weight, [value]), value.shape))
+        for name, value in made_of.items()
+    ]
+
+
+def _pull(gradients: Gradients, shape: torch.Size, rows: Tensor) -> Tensor:
+    """Gradients by a weight [r, *weight] -> by a parameter of this shape that it is computed from."""
+    (pulled,) = gradients(rows)
+    return rows.new_zeros(len(rows), *shape) if pulled is None else pulled

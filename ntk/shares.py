@@ -11,8 +11,11 @@ import torch
 from torch import Tensor
 
 from ntk.contraction import Contraction
-from ntk.factors import Factor, Product, Written
+from ntk.factors import Computed, Factor, Product, Written
 from ntk.projection import Projection, apply_projection, center_rows
+
+PULLED = 3
+"""Copies of the gradient by a computed weight while it is pulled back: itself, and two within autograd (estimated)."""
 
 Derivatives = Sequence[Tensor] | Mapping[int, Tensor]
 """For each recorded call, [u, *output]."""
@@ -107,8 +110,8 @@ class Share:
 
     def fixed_entries(self, side: int, n: int) -> int:
         """Entries of the sides of the input of one batch."""
-        sizes = [factor.sizes for _, factor in self.uses[side] if isinstance(factor, Product)]
-        return sum(math.prod(size[:3]) for size in sizes) * n
+        factors = [factor.weight if isinstance(factor, Computed) else factor for _, factor in self.uses[side]]
+        return sum(math.prod(factor.sizes[:3]) for factor in factors if isinstance(factor, Product)) * n
 
     def temporary_entries(self, n: int, m: int | None = None) -> int:
         """Entries of what is written for one output of all examples, and cannot be written in parts.
@@ -119,9 +122,15 @@ class Share:
         """
         m = n if m is None else m
         if not self.factored:
-            return max(n, m) * math.prod(self.shape)
+            return max(n, m) * self.row_entries()
         g, _, p, q = self._first.sizes
         return max(n, m) * g * q * p + min(max(n, m) * g * q, m * p * p)
+
+    def row_entries(self) -> int:
+        """Entries that are held while one row is written out."""
+        factors = [factor for uses in self.uses for _, factor in uses]
+        computed = [math.prod(factor.shape) for factor in factors if isinstance(factor, Computed)]
+        return math.prod(self.shape) + PULLED * max(computed, default=0)
 
     def total_sizes(self, side: int) -> tuple[int, int, int, int]:
         """(g, K, P, Q) of all uses in one batch, one after the other.
@@ -154,6 +163,9 @@ class Share:
     @staticmethod
     def _gradient(factor: Factor, derivative: Tensor, n: int) -> Tensor:
         """[u, n, parameter.numel()] of one use."""
+        if isinstance(factor, Computed):
+            rows = Share._gradient(factor.weight, derivative, n)
+            return factor.pull(rows.reshape(-1, *factor.shape)).reshape(*rows.shape[:2], -1)
         if isinstance(factor, Written):
             rows = factor.rows(derivative)
             rows = rows.reshape(len(rows), n, rows.shape[1] // n, -1)

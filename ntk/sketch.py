@@ -41,10 +41,11 @@ def sketch_batch(
         parameters = {name: shape(value) for name, value in model.named_parameters()}
         for name in selected:
             parameters[name].requires_grad_(True)
-        capture.watch({name: parameters[name] for name in parameters if name in selected})
+        examples = mode.from_tensor(x)
+        capture.watch({name: parameters[name] for name in parameters if name in selected}, [x, examples])
         with capture, module_outputs(model) as sizes:
             moments = evaluation.moments(model, x, parameters, parameters)
-            returned = evaluation.outputs(model, mode.from_tensor(x), parameters, moments, argument)
+            returned = evaluation.outputs(model, examples, parameters, moments, argument)
         if not isinstance(returned, torch.Tensor) or returned.shape[:1] != x.shape[:1]:
             raise RuntimeError(f"the output on {argument} is no tensor [n, o].")
         output = returned.reshape(len(x), -1)

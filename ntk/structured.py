@@ -139,4 +139,5 @@ def _row_source(share: Share, bases: list[Tensor] | None, side: int, part: Recor
 
     features = math.prod(share.shape) if bases is None else share.features(bases[side].shape[1])
     edges = tuple(part.capture.sites[number].edge for number in numbers)
-    return RowSource(share.name, edges, features, sum(map(math.prod, shapes)), rows)
+    in_flight = sum(map(math.prod, shapes)) + share.row_entries() - math.prod(share.shape)
+    return RowSource(share.name, edges, features, in_flight, rows)

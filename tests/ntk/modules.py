@@ -104,6 +104,27 @@ def attention(self: Apply, x: torch.Tensor) -> torch.Tensor:
     return self.out(mixed.transpose(1, 2).flatten(2)).mean(1)
 
 
+class Standardize(nn.Module):
+    """Each row of a weight without its mean, to the length of one, times a gain."""
+
+    def __init__(self, rows: int) -> None:
+        super().__init__()
+        self.gain = nn.Parameter(torch.rand(rows, 1, 1, 1))
+
+    def forward(self, weight: torch.Tensor) -> torch.Tensor:
+        centered = weight - weight.mean((1, 2, 3), keepdim=True)
+        return self.gain * centered / centered.square().sum((1, 2, 3), keepdim=True).sqrt()
+
+
+def standardized(layer: nn.Module) -> nn.Module:
+    return nn.utils.parametrize.register_parametrization(layer, "weight", Standardize(len(layer.weight)))
+
+
+def twice_by_a_computed_weight(self: Apply, x: torch.Tensor) -> torch.Tensor:
+    weight = self.g * F.normalize(self.w, dim=1)
+    return F.linear(torch.tanh(F.linear(x, weight)), weight.T)
+
+
 def attended_and_weights(attended: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
     return attended.mean(1) + weights[:, 1, :, 0]
 
@@ -215,6 +236,39 @@ DENSE = {
     "bilinear": lambda: of_vector(lambda s, x: s.a(x, x.tanh()), a=nn.Bilinear(4, 4, 2)),
     "weight norm": lambda: vector(nn.utils.parametrizations.weight_norm(nn.Linear(4, 3)), nn.Tanh(), nn.Linear(3, 2)),
     "spectral norm": lambda: vector(nn.utils.parametrizations.spectral_norm(nn.Linear(4, 3)).eval(), nn.Tanh()),
+    "standardized convolution": lambda: image(standardized(nn.Conv2d(4, 3, 3)), nn.Tanh(), nn.Conv2d(3, 2, 2)),
+    "convolution of a batch-normed weight": lambda: (
+        Apply(
+            lambda s, x: F.conv2d(x, F.batch_norm(s.w[None], None, None, training=True)[0]).tanh().mean((2, 3)),
+            w=(3, 4, 2, 2),
+        ),
+        (4, 5, 5),
+    ),
+    "weight norm over positions": lambda: signal(nn.utils.parametrizations.weight_norm(nn.Linear(6, 5)), nn.Tanh()),
+    "weight norm before batch norm": lambda: vector(
+        nn.utils.parametrizations.weight_norm(nn.Linear(4, 3)), nn.BatchNorm1d(3), nn.Tanh(), nn.Linear(3, 2)
+    ),
+    "computed weight used twice": lambda: of_vector(twice_by_a_computed_weight, w=(4, 4), g=(4, 1)),
+    "computed weight and what it is made of": lambda: of_vector(
+        lambda s, x: torch.tanh(x @ (s.w * s.g).T) @ s.w + s.g[:, 0], w=(4, 4), g=(4, 1)
+    ),
+    "computed weight and what it is made of, without rule": lambda: of_vector(
+        lambda s, x: torch.tanh(x @ s.w.exp()) + torch.einsum("ni,io->no", x, s.w), w=(4, 4)
+    ),
+    "computed weight changed afterwards": lambda: of_vector(
+        lambda s, x: (x @ (w := s.w * s.w)).tanh() + 0 * w.mul_(2).sum().detach(), w=(4, 3)
+    ),
+    "computed embedding": lambda: of_tokens(lambda s, x: F.embedding(x, s.w.tanh()).sin().mean(1), w=(5, 3)),
+    "weight made of examples": lambda: of_vector(
+        lambda s, x: torch.tanh(x @ (s.w * x.mean())) @ (s.v + x.sum()), w=(4, 3), v=(3, 2)
+    ),
+    "weights of a hypernetwork": lambda: of_vector(
+        lambda s, x: torch.tanh(x @ s.a(s.p).view(4, 3)), a=nn.Linear(2, 12), p=(2,)
+    ),
+    "weight of each example": lambda: of_vector(
+        lambda s, x: torch.einsum("ni,nio->no", x, s.a(x).view(-1, 4, 2)), a=nn.Linear(4, 8)
+    ),
+    "gain through a view": lambda: image(nn.Conv2d(4, 3, 2), Apply(lambda s, x: x * s.g.view(1, -1, 1, 1), g=(3,))),
     "rule and no rule": lambda: of_vector(lambda s, x: s.a(x) + x @ s.a.weight.exp().T, a=nn.Linear(4, 3)),
     "one output": lambda: vector(nn.Linear(4, 1), nn.Flatten(0)),
     "unused layer": lambda: of_vector(lambda s, x: s.a(x), a=nn.Linear(4, 2), b=nn.Linear(4, 2)),
