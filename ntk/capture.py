@@ -4,7 +4,8 @@ A function that has a rule (ntk/factors.py) receives a detached alias of its par
 the parameter to the output afterwards is a use without a rule: `Capture.leaks` names it, and it goes to the exact
 Jacobian contraction instead. Layer outputs are held as edges of the autograd graph: a later in-place activation changes
 the tensor, not the edge. A model that differentiates inside its forward pass reaches an alias past that output:
-`Capture.leaks` looks for edges that enter a recorded call by another way.
+`Capture.leaks` looks for edges that enter a recorded call by another way. Weights that are computed from parameters
+are taken for parameters (ntk/computed.py); that no examples enter them is seen by following what is made of examples.
 """
 
 import weakref
