@@ -19,8 +19,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ntk.apart import choose_portions, contract_apart
 from ntk.contraction import Contraction, Gradients, RowSource, contract, kernel_bytes, parameter_sources
+from ntk.examples_apart import choose_portions, contract_apart
 from ntk.recording import Recording, shares_of
 from ntk.shares import Share, fold, outer, row_spans
 

@@ -12,8 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ntk.apart import working_memory
 from ntk.contraction import Contraction
+from ntk.examples_apart import working_memory
 from ntk.forward import Evaluation, cast, compare
 from ntk.memory import Needs
 from ntk.outputs import as_rows

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 import ntk
-from ntk import apart, blocks, structured
+from ntk import blocks, examples_apart, structured
 from ntk import errors as ntk_errors
 from ntk.forward import Evaluation
 from ntk.recording import record
@@ -74,7 +74,7 @@ def test_every_way_to_sum(name: str, reduce: str, way: str, monkeypatch: pytest.
 def test_chunks_of_outputs(
     name: str, units: int, in_flight: int, cross: bool, reduce: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    portions = apart.Portions(units, in_flight, entries=50, sums=math.inf)
+    portions = examples_apart.Portions(units, in_flight, entries=50, sums=math.inf)
     monkeypatch.setattr(structured, "choose_portions", lambda *arguments: portions)
     monkeypatch.setattr(blocks, "STRIP", 3)
     monkeypatch.setattr(blocks, "WRITTEN", 50)
@@ -88,7 +88,7 @@ def test_chunks_of_outputs(
 @pytest.mark.parametrize("reduce", ["none", "trace"])
 @pytest.mark.parametrize("name", MODULES)
 def test_one_output_at_a_time(name: str, reduce: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(apart, "IN_CACHE", 1)
+    monkeypatch.setattr(examples_apart, "IN_CACHE", 1)
     model, x1, x2 = build(name)
     first, second = jacobian(model, x1), jacobian(model, x2)
     assert_same(ntk.empirical_ntk(model, x1, reduce=reduce), reduced(kernel(first, first), reduce))
