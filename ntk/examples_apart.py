@@ -81,7 +81,8 @@ def choose_portions(
     needs = working_memory(recordings, shares, plan)
     sites = [part.capture.sites[number] for side, part in enumerate(recordings) for number in _used(shares, side)]
     sizes = [recordings[0].batch.output.element_size() * math.prod(site.shape) for site in sites]
-    in_flight = max(1, IN_CACHE // max(1, *sizes))
+    on_cpu = recordings[0].batch.output.device.type == "cpu"
+    in_flight = max(1, IN_CACHE // max(1, *sizes)) if on_cpu else outputs  # elsewhere one large pass is the fastest
     if plan.max_memory is None:
         at_once = max(1, needs.outputs_at_once(WORKING_BYTES + needs.kernel + needs.batch, outputs))
         return Portions(at_once, in_flight, ENTRIES, math.inf)
