@@ -102,15 +102,27 @@ class TakesEight(nn.Module):
         return x
 
 
+class DemandsEight(nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        assert len(x) == 8
+        return x
+
+
+class LooksUpEight(nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x * {8: 1.0}[len(x)]
+
+
 @pytest.mark.parametrize("layer", [Random, Counts, Alternates])
 def test_random_and_self_mutating_models(net: nn.Module, x: torch.Tensor, layer: type[nn.Module]) -> None:
     with refused(errors.NondeterministicModelError, "two runs on x1 differ", "changes itself", ".eval()"):
         ntk.empirical_ntk(nn.Sequential(net, layer()), x)
 
 
-def test_a_model_for_so_many_examples_is_not_random(net: nn.Module) -> None:
+@pytest.mark.parametrize("layer", [TakesEight, DemandsEight, LooksUpEight])
+def test_a_model_for_so_many_examples_is_not_random(net: nn.Module, layer: type[nn.Module]) -> None:
     x = torch.randn(8, 4, dtype=next(net.parameters()).dtype)
-    assert ntk.empirical_ntk(nn.Sequential(net, TakesEight()), x).shape[0] == 8
+    assert ntk.empirical_ntk(nn.Sequential(net, layer()), x).shape[0] == 8
 
 
 @pytest.mark.parametrize(
