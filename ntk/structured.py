@@ -99,7 +99,10 @@ def _bytes_of_rows(
     size, o = outputs[0].element_size(), outputs[0].shape[1] if plan.reduce == "none" else 1
     features = sum(math.prod(share.shape) for share in shares)
     features += sum(recordings[0].batch.parameters[name].numel() for name in fallback)
-    sites = sum(math.prod(site.shape) for part in recordings for site in part.capture.sites)
+    sites = max(
+        sum(math.prod(part.capture.sites[number].shape) for share in shares for number, _ in share.uses[side])
+        for side, part in enumerate(recordings)
+    )
     return 3 * size * (features + sites) + kernel_bytes((len(outputs[0]) * o, len(outputs[-1]) * o), plan, 8 + size)
 
 

@@ -4,6 +4,7 @@ That its kernel is right is what tests/ntk/test_ntk_conformance.py shows, of eve
 """
 
 import math
+from functools import partial
 
 import numpy as np
 import pytest
@@ -17,7 +18,7 @@ from ntk.forward import Evaluation
 from ntk.recording import record
 from tests.ntk.conformance import assert_same, reduced
 from tests.ntk.modules import MODULES, Apply, build
-from tests.ntk.oracle import jacobian, kernel
+from tests.ntk.oracle import jacobian, kernel, least_memory
 
 pytestmark = pytest.mark.filterwarnings("ignore:Using padding=.same. with even kernel lengths:UserWarning")
 
@@ -99,6 +100,19 @@ def test_memory_that_is_too_little() -> None:
     model, x, _ = build("gru")
     with pytest.raises(ntk_errors.MemoryBudgetError, match=r"got 100 bytes\. max_memory=\d+ would do"):
         ntk.empirical_ntk(model, x, max_memory=100, implementation="structured")
+
+
+def test_memory_that_the_error_names_is_enough() -> None:
+    """Of each layer, where some go by rows of the Jacobian and the others are contracted output by output."""
+    torch.manual_seed(0)
+    before = [nn.Conv2d(2, 6, 2), *(nn.GroupNorm(1, 6) for _ in range(4)), nn.BatchNorm2d(6, affine=False)]
+    model = nn.Sequential(*before, nn.SiLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(6, 1)).double()
+    x1, x2 = torch.randn(2, 2, 5, 7).double(), torch.randn(5, 2, 5, 7).double()
+    for other in (None, x2):
+        compute = partial(ntk.layerwise_ntk, model, x1, other, reduce="trace", implementation="structured")
+        expected, found = compute(), compute(max_memory=least_memory(compute))
+        for layer, share in expected.items():
+            np.testing.assert_allclose(found[layer].values, share.values, rtol=1e-9, atol=1e-12)
 
 
 def independent(name: str) -> dict[str, bool]:
