@@ -180,20 +180,24 @@ def _add_outer(block: Block, lefts: list[Tensor], rights: list[Tensor], factor: 
 def _add_separable(
     block: Block, lefts: list[Tensor], separated: tuple[tuple[Tensor, Tensor], ...], factor: float
 ) -> None:
-    """Write the gradients of one output out, and weigh their products for each channel."""
+    """Write the gradients of one output out, some channels at a time, and weigh their products for each channel."""
     (n, m), (one, other) = block.sizes, (units.flatten(1) for units, _ in separated)
-    weights = one * other if block.paired else (one.unsqueeze(1) * other).flatten(0, 1)
-    rows = [(values @ left.mT).flatten(1, 2) for left, (_, values) in zip(lefts, separated, strict=True)]
-    step = max(1, block.entries // (n * m))
-    for start in range(0, weights.shape[1], step):
+    if block.paired:
+        one, other = (one * other).sum(0, keepdim=True), torch.ones_like(one[:1])
+    g, k, q = *lefts[0].shape[1:3], separated[0][1].shape[2]
+    channels = torch.arange(g * q, device=one.device).reshape(g, q)
+    step = max(1, block.entries // (g * max(n * m, n * k, m * k)))
+    for start in range(0, q, step):
         part = slice(start, start + step)
-        products = rows[0][:, part].transpose(0, 1) @ rows[1][:, part].permute(1, 2, 0)
-        summed = factor * weights[:, part] @ products.flatten(1)
-        if block.paired:
-            block.target.add_(summed.sum(0).reshape(n, m))
-        else:
-            target = block.target.unflatten(1, (-1, m)).unflatten(0, (-1, n))
-            target += summed.reshape(len(one), len(other), n, m).transpose(1, 2)
+        rows = [
+            (values[:, :, part] @ left.mT).flatten(1, 2) for left, (_, values) in zip(lefts, separated, strict=True)
+        ]
+        products = (rows[0].transpose(0, 1) @ rows[1].permute(1, 2, 0)).flatten(1)
+        numbers = channels[:, part].flatten()
+        target = block.target.unflatten(1, (-1, m)).unflatten(0, (-1, n))
+        for unit, weights in zip(target, one[:, numbers], strict=True):
+            summed = weights * other[:, numbers] @ products
+            unit.add_(summed.unflatten(1, (n, m)).transpose(0, 1), alpha=factor)
 
 
 def _add_positions(block: Block, lefts: list[Tensor], rights: list[Tensor], multipliers: tuple[float, float]) -> None:
@@ -203,9 +207,9 @@ def _add_positions(block: Block, lefts: list[Tensor], rights: list[Tensor], mult
     c = _by_group(rights[0])
     d = c if block.lower else _by_group(rights[1])
     u, v = len(rights[0]), len(rights[1])
-    most = max(1, block.entries // (m * p2 * p * (1 if block.paired else v)))
+    most = max(1, block.entries // (m * p2 * p * (1 if block.paired else max(g, v))))
     if block.paired:
-        for rows, columns in block.strips(n, m, min(most, max(STRIP, n // 8))):
+        for rows, columns in block.strips(n, m, min(most, max(STRIP, n // 8)), p * p2):
             i, j = slice(rows.start * p, rows.stop * p), slice(0, columns.stop * p2)
             for group in range(g):
                 products = c[group, 0, i] @ d[group, 0, j].T
@@ -218,7 +222,7 @@ def _add_positions(block: Block, lefts: list[Tensor], rights: list[Tensor], mult
         stop = min(start + most, n)
         i = slice(start * p, stop * p)
         inputs = [_left_products(a[group, i], b[group], multipliers) for group in range(g)]
-        at_once = max(1, PRODUCTS // ((stop - start) * p * m * p2))
+        at_once = max(1, min(block.entries, PRODUCTS) // ((stop - start) * p * m * p2))
         for unit in range(u):
             target = block.target[unit * n + start : unit * n + stop].unflatten(1, (v, m))
             for units in pieces(slice(0, unit + 1 if block.lower else v), at_once):

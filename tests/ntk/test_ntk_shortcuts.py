@@ -1,15 +1,18 @@
 """What the layer-wise route saves itself: tests of independence, copies of layouts, gradients that are multiples."""
 
+import math
 from collections.abc import Callable
+from functools import partial
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import ntk
-from ntk import blocks
+from ntk import apart, blocks, structured
 from ntk.capture import Capture
 from ntk.contraction import Contraction
 from ntk.convolution import convolve
@@ -54,6 +57,47 @@ def test_behind_global_pooling_gradients_of_outputs_are_multiples(reduce: str, c
     result = ntk.empirical_ntk(model, x1, x2 if cross else None, reduce=reduce)
     np.testing.assert_allclose(result.values, expected.numpy(), rtol=0, atol=1e-10 * float(expected.abs().max()))
     assert sums
+
+
+class Products(TorchDispatchMode):
+    """Entries of the largest matrix product made."""
+
+    largest = 0
+
+    def __torch_dispatch__(self, func: Callable, types: object, args: tuple = (), kwargs: dict | None = None) -> object:
+        output = func(*args, **(kwargs or {}))
+        if func in (torch.ops.aten.mm.default, torch.ops.aten.bmm.default):
+            self.largest = max(self.largest, output.numel())
+        return output
+
+
+@pytest.mark.parametrize("reduce", ["none", "trace"])
+@pytest.mark.parametrize("cross", [False, True])
+@pytest.mark.parametrize(("way", "entries"), [("positions", 4000), ("separable", 500)])
+def test_temporaries_keep_within_their_entries(
+    way: str, entries: int, cross: bool, reduce: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As what is multiplied for one example, or one channel, does here, and what is for all does not."""
+    model = pooled(averaged)
+    x1, x2 = torch.randn(6, 3, 12, 12).double(), torch.randn(5, 3, 12, 12).double()
+    compute = partial(ntk.empirical_ntk, model, x1, x2 if cross else None, reduce=reduce)
+    expected, largest = compute().values, {}
+    monkeypatch.setattr(blocks, "_ranking", lambda costs: [way, "outer"])
+    add = getattr(blocks, f"_add_{way}")
+    for allowed in (10**9, entries):
+        portions = apart.Portions(7, 7, entries=allowed, sums=math.inf)
+        monkeypatch.setattr(structured, "choose_portions", lambda *arguments, portions=portions: portions)
+        products = Products()
+
+        def adding(*given: object, products: Products = products) -> None:
+            with products:
+                add(*given)
+
+        monkeypatch.setattr(blocks, f"_add_{way}", adding)
+        values = compute().values
+        largest[allowed] = products.largest
+        np.testing.assert_allclose(values, expected, rtol=0, atol=1e-10 * np.abs(expected).max())
+    assert largest[entries] <= entries < largest[10**9]
 
 
 def test_behind_a_read_out_of_positions_they_are_not(sums: list[object]) -> None:
