@@ -16,7 +16,7 @@ from ntk import blocks, examples_apart, structured
 from ntk import errors as ntk_errors
 from ntk.forward import Evaluation
 from ntk.recording import record
-from tests.ntk.conformance import assert_same, reduced
+from tests.ntk.conformance import assert_same, reduced, scaled
 from tests.ntk.modules import MODULES, Apply, build
 from tests.ntk.oracle import jacobian, kernel, least_memory
 
@@ -84,6 +84,27 @@ def test_chunks_of_outputs(
     first, second = jacobian(model, x1), jacobian(model, x2)
     expected = kernel(first, second if cross else first)
     assert_same(ntk.empirical_ntk(model, x1, x2 if cross else None, reduce=reduce), reduced(expected, reduce))
+
+
+@pytest.mark.parametrize("reduce", ["none", "trace", "sum"])
+@pytest.mark.parametrize("cross", [False, True])
+@pytest.mark.parametrize("way", ["positions", "outer", "separable"])
+def test_multipliers_in_strips(way: str, cross: bool, reduce: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of weights, and of the biases that are added with them; also where products are summed over outputs first."""
+    monkeypatch.setattr(blocks, "_ranking", lambda costs: [way, "outer"])
+    monkeypatch.setattr(blocks, "STRIP", 2)
+    torch.manual_seed(0)
+    layers = [nn.Conv1d(2, 6, 3), nn.Tanh(), nn.AdaptiveAvgPool1d(1), nn.Flatten(), nn.Linear(6, 8), nn.Tanh()]
+    model = nn.Sequential(*layers, nn.Linear(8, 3)).double()
+    x1, x2 = torch.randn(5, 2, 6).double(), torch.randn(4, 2, 6).double()
+    multipliers = dict(zip(dict(model.named_parameters()), (0.5, 3.0, 2.0, 0.25, 0.0, 1.5), strict=True))
+    first, second = (scaled(jacobian(model, x), multipliers) for x in (x1, x2))
+    expected = reduced(kernel(first, second if cross else first), reduce)
+    for in_flight in (3, 2, 1):
+        portions = apart.Portions(3, in_flight, entries=50, sums=math.inf)
+        monkeypatch.setattr(structured, "choose_portions", lambda *arguments, portions=portions: portions)
+        result = ntk.empirical_ntk(model, x1, x2 if cross else None, reduce=reduce, params=multipliers)
+        assert_same(result, expected)
 
 
 @pytest.mark.parametrize("reduce", ["none", "trace"])
