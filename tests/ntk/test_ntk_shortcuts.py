@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import ntk
-from ntk import apart, blocks, structured
+from ntk import blocks, examples_apart, structured
 from ntk.capture import Capture
 from ntk.contraction import Contraction
 from ntk.convolution import convolve
@@ -85,7 +85,7 @@ def test_temporaries_keep_within_their_entries(
     monkeypatch.setattr(blocks, "_ranking", lambda costs: [way, "outer"])
     add = getattr(blocks, f"_add_{way}")
     for allowed in (10**9, entries):
-        portions = apart.Portions(7, 7, entries=allowed, sums=math.inf)
+        portions = examples_apart.Portions(7, 7, entries=allowed, sums=math.inf)
         monkeypatch.setattr(structured, "choose_portions", lambda *arguments, portions=portions: portions)
         products = Products()
 

@@ -101,7 +101,7 @@ def test_multipliers_in_strips(way: str, cross: bool, reduce: str, monkeypatch: 
     first, second = (scaled(jacobian(model, x), multipliers) for x in (x1, x2))
     expected = reduced(kernel(first, second if cross else first), reduce)
     for in_flight in (3, 2, 1):
-        portions = apart.Portions(3, in_flight, entries=50, sums=math.inf)
+        portions = examples_apart.Portions(3, in_flight, entries=50, sums=math.inf)
         monkeypatch.setattr(structured, "choose_portions", lambda *arguments, portions=portions: portions)
         result = ntk.empirical_ntk(model, x1, x2 if cross else None, reduce=reduce, params=multipliers)
         assert_same(result, expected)
