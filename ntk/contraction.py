@@ -248,7 +248,8 @@ def contract(
     per_example = o if plan.reduce == "none" else 1
     counts = n * per_example, 0 if second is None else second.output.shape[0] * per_example
     shape = counts[0], counts[0] if second is None else counts[1]
-    taken += kernel_bytes(shape, plan, 8 + itemsize) + sum(b.graph_bytes for b in (first, second) if b is not None)
+    taken += kernel_bytes(shape, plan, 8 + itemsize)
+    taken += sum(b.graph_bytes + b.copied_bytes for b in (first, second) if b is not None)
     tile, chunk = tile_rows(counts, row_bytes, plan.max_memory, taken)
     steps = list(_tile_pairs(shape, tile, symmetric=second is None))
     units = range(o) if plan.reduce == "trace" else range(1)

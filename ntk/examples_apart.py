@@ -39,7 +39,8 @@ def working_memory(recordings: Sequence[Recording], shares: Sequence[Share], pla
     temporary = max(share.temporary_entries(*counts) for share in shares)
     largest = max(part.batch.activation_bytes for part in recordings)
     return Needs(
-        kernel=kernel_bytes((counts[0] * o, counts[-1] * o), plan, size),
+        kernel=kernel_bytes((counts[0] * o, counts[-1] * o), plan, size)
+        + sum(part.batch.copied_bytes for part in recordings),
         batch=sum(part.batch.graph_bytes for part in recordings) + size * lefts,
         output=size * (derivatives + 2 * temporary) + 2 * largest,
         again=size * derivatives if plan.reduce == "none" and len(recordings) == 1 else 0,

@@ -9,6 +9,7 @@ import torch
 from ntk.capture import Capture, ancestors
 from ntk.errors import CheckpointingError, NondeterministicModelError, StatisticsError
 from ntk.outputs import OutputChoice, as_rows, check_output_choice, select_output
+from ntk.state import random_state
 from ntk.statistics import Moments, Statistics, noting, using
 
 
@@ -108,6 +109,11 @@ class Batch:
         """About what the graph of the batch holds: the outputs of all modules."""
         return sum(self.sizes)
 
+    @property
+    def copied_bytes(self) -> int:
+        """Size of the copies of parameters."""
+        return sum(value.numel() * value.element_size() for value in self.parameters.values())
+
 
 def call(
     model: torch.nn.Module,
@@ -197,7 +203,7 @@ def run_batch(
             capture.watch({name: value for name, value in parameters.items() if name in selected}, examples)
         same = all(value.dtype == parameters[name].dtype for name, value in model.named_parameters())
         kept = contextlib.nullcontext() if same and not evaluation.statistics.two_passes else no_recomputation()
-        drawn = torch.get_rng_state()
+        drawn = random_state()
         with module_outputs(model) as sizes, capture or contextlib.nullcontext(), kept:
             moments = evaluation.moments(model, x, parameters, parameters)
             returned = evaluation.outputs(model, x, parameters, moments, argument)
@@ -214,7 +220,7 @@ def run_batch(
             return as_rows(returned, len(examples), argument)
 
         apart = capture is not None and moments is None and capture.apart(output)
-        in_part = apart and torch.equal(drawn, torch.get_rng_state())
+        in_part = apart and random_state() == drawn
         if not (in_part and _repeats_in_part(again, x, output)):
             for _ in range(2 if in_part else 1):  # a model may change to and fro
                 _check_repeats(again(x, evaluation.moments(model, x, constants, constants)), output, argument)

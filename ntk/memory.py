@@ -77,7 +77,7 @@ class Needs:
     """Bytes that a layer-wise contraction takes.
 
     Attributes:
-        kernel: The kernels themselves.
+        kernel: The kernels themselves, and copies of the parameters.
         batch: The graph of the examples, and what is held of them throughout.
         output: For each output that is differentiated at once.
         again: For each of them beside, where not all are differentiated at once and two parts of them meet.

@@ -5,6 +5,7 @@ from collections import deque
 from collections.abc import Generator
 from contextlib import contextmanager
 from operator import is_
+from typing import Any
 
 import numpy as np
 import torch
@@ -54,6 +55,13 @@ def preserve_state(model: torch.nn.Module) -> Generator[torch.nn.Module, None, N
         torch.set_rng_state(generators[2])
         if cuda_generators is not None:
             torch.cuda.set_rng_state_all(cuda_generators)
+
+
+def random_state() -> tuple:
+    """The state of the generators of Python, NumPy and torch on the CPU, to be compared with another."""
+    state: Any = np.random.get_state()  # ruff: ignore[numpy-legacy-random]
+    of_numpy = tuple(part.tobytes() if isinstance(part, np.ndarray) else part for part in state)
+    return random.getstate(), of_numpy, torch.get_rng_state().numpy().tobytes()
 
 
 def _restore(container: Container, entries: Container | tuple[()]) -> None:

@@ -128,7 +128,10 @@ def choose_tiling(recordings: Sequence[Recording], plan: Contraction) -> Tiling 
         size = math.ceil(most / tiles)
         # A Gram matrix has tiles of two batches too.
         share = size / most * (1 if tiles == 1 else 3 - len(recordings))
-        parted = Needs(needs.kernel, *(int(count * share) for count in (needs.batch, needs.output, needs.again)))
+        copies = recordings[0].batch.copied_bytes if tiles > 1 and len(recordings) == 1 else 0
+        parted = Needs(
+            needs.kernel + copies, *(int(count * share) for count in (needs.batch, needs.output, needs.again))
+        )
         if units := parted.outputs_at_once(plan.max_memory, outputs):
             again = 1 if units == outputs or plan.reduce != "none" else (math.ceil(outputs / units) + 1) / 2
             found.append(Tiling(size, math.ceil(most / size), units, _times(tiles) * (FORWARD + outputs * again)))

@@ -179,7 +179,7 @@ def test_constant_statistics_are_those_of_the_whole_batch() -> None:
     model = nn.Sequential(nn.Linear(4, 40), nn.BatchNorm1d(40), nn.ReLU(), nn.Linear(40, 3)).double()
     x = torch.randn(24, 4, dtype=torch.float64)
     compute = partial(ntk.empirical_ntk, model, x, reduce="trace", batch_statistics="frozen")
-    np.testing.assert_allclose(compute(max_memory=67_000).values, compute().values, rtol=1e-10, atol=1e-12)
+    np.testing.assert_allclose(compute(max_memory=70_000).values, compute().values, rtol=1e-10, atol=1e-12)
 
 
 def test_what_a_model_keeps_from_a_plan_can_be_used_afterwards() -> None:

@@ -1,9 +1,11 @@
 """Every refusal names the parameter, what is admissible, what came, and the next step."""
 
+import random
 import re
 from collections.abc import Callable
 from functools import partial
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -92,6 +94,26 @@ class Alternates(Counts):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         self.calls += 1
         return x * (1 + self.calls % 2)
+
+
+class DropsTheLast(nn.Module):
+    """Random for one example, which is not among the first."""
+
+    def __init__(self, draw: Callable[[], float]) -> None:
+        super().__init__()
+        self.draw = draw
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        gain = torch.ones(len(x), 1, dtype=x.dtype)
+        gain[-1] = self.draw()
+        return x * gain
+
+
+@pytest.mark.parametrize("draw", [random.random, np.random.rand, lambda: torch.rand(()).item()])
+def test_randomness_of_one_example(net: nn.Module, draw: Callable[[], float]) -> None:
+    x = torch.randn(32, 4, dtype=torch.float64)
+    with refused(errors.NondeterministicModelError, "two runs on x1 differ"):
+        ntk.empirical_ntk(nn.Sequential(net, DropsTheLast(draw)), x)
 
 
 class TakesEight(nn.Module):
