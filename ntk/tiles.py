@@ -126,16 +126,24 @@ def choose_tiling(recordings: Sequence[Recording], plan: Contraction) -> Tiling 
     divisible = all(part.capture.apart(part.batch.output) for part in recordings)
     for tiles in (2**power for power in range(most.bit_length() + 1 if divisible else 1)):
         size = math.ceil(most / tiles)
-        # A Gram matrix has tiles of two batches too.
-        share = size / most * (1 if tiles == 1 else 3 - len(recordings))
-        copies = recordings[0].batch.copied_bytes if tiles > 1 and len(recordings) == 1 else 0
-        parted = Needs(
-            needs.kernel + copies, *(int(count * share) for count in (needs.batch, needs.output, needs.again))
-        )
+        parted = needs if tiles == 1 else _of_tiles(needs, recordings, size)
         if units := parted.outputs_at_once(plan.max_memory, outputs):
             again = 1 if units == outputs or plan.reduce != "none" else (math.ceil(outputs / units) + 1) / 2
             found.append(Tiling(size, math.ceil(most / size), units, _times(tiles) * (FORWARD + outputs * again)))
     return min(found, key=lambda tiling: tiling.passes, default=None)
+
+
+def _of_tiles(needs: Needs, recordings: Sequence[Recording], size: int) -> Needs:
+    """Of one pair of tiles, beside the kernel of all; a Gram matrix has tiles of two batches too."""
+    counts = [len(part.batch.output) for part in recordings]
+    rows, columns = min(size, counts[0]), min(size, counts[-1])
+    share = (rows + columns) / sum(counts)
+    own = rows * columns / (counts[0] * counts[-1])
+    copies = (2 - len(recordings)) * recordings[0].batch.copied_bytes
+    return Needs(
+        math.ceil(needs.kernel * (1 + own)) + copies,
+        *(math.ceil(count * share) for count in (needs.batch, needs.output, needs.again)),
+    )
 
 
 def _times(tiles: int) -> int:

@@ -10,7 +10,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import ntk
-from ntk import blocks, errors, tiles
+from ntk import blocks, errors, structured, tiles
 from tests.ntk.modules import MODULES, Apply
 from tests.ntk.modules import build as build_module
 from tests.ntk.oracle import jacobian, kernel, least_memory, state_hash
@@ -172,6 +172,24 @@ def test_examples_that_meet_without_derivatives_are_not_tiled(name: str) -> None
     np.testing.assert_allclose(result.values, whole, rtol=0, atol=1e-10 * np.abs(whole).max())
     alike = mlp(4, 40, 3).double()
     assert ntk.plan(alike, x, reduce="trace", max_memory=40_000).tiling.tiles > 1
+
+
+@pytest.mark.parametrize("cross", [False, True])
+@pytest.mark.parametrize("reduce", ["none", "trace"])
+def test_what_fits_in_tiles_needs_no_rows(cross: bool, reduce: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also of two batches of different sizes, at every budget at which a tiling is found."""
+    model = convolutional().double()
+    x1, x2 = torch.randn(12, 3, 8, 8).double(), torch.randn(7, 3, 8, 8).double() if cross else None
+    monkeypatch.setattr(structured, "_contract_rows", None)
+    expected = ntk.empirical_ntk(model, x1, x2, reduce=reduce).values
+    tilings = set()
+    for budget in range(40_000, 400_000, 30_000):
+        tiling = ntk.plan(model, x1, x2, reduce=reduce, max_memory=budget).tiling
+        if tiling is not None:
+            tilings.add(tiling.examples)
+            values = ntk.empirical_ntk(model, x1, x2, reduce=reduce, max_memory=budget).values
+            np.testing.assert_allclose(values, expected, rtol=0, atol=1e-10 * np.abs(expected).max())
+    assert len(tilings) > 2
 
 
 def test_constant_statistics_are_those_of_the_whole_batch() -> None:
