@@ -56,6 +56,10 @@ class Written:
     bias_of: str | None = None
 
 
+Factor = Product | Written
+Rule = Callable[..., list[Factor]]
+
+
 @dataclass(frozen=True, eq=False)
 class Computed:
     """A parameter that a weight is computed from.
@@ -68,10 +72,10 @@ class Computed:
     """
 
     name: str
-    weight: Product | Written
+    weight: Factor
     shape: tuple[int, ...]
     pull: Callable[[Tensor], Tensor]
 
 
-Factor = Product | Written | Computed
-Rule = Callable[..., list[Factor]]
+Use = Factor | Computed
+"""What the gradient of a parameter is made of at one call, be it applied there or enter a weight that is."""

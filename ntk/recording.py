@@ -11,7 +11,7 @@ from torch import Tensor
 from ntk.capture import Capture
 from ntk.contraction import Contraction, Gradients
 from ntk.errors import NondeterministicModelError
-from ntk.factors import Computed, Factor
+from ntk.factors import Computed, Factor, Use
 from ntk.forward import Batch, Evaluation, run_batch
 from ntk.projection import acts_on_rows
 from ntk.shares import Share
@@ -102,10 +102,10 @@ def shares_of(recordings: Sequence[Recording], plan: Contraction) -> list[Share]
     return found
 
 
-def _by_parameter(capture: Capture, factor: Factor) -> list[Factor]:
+def _by_parameter(capture: Capture, factor: Factor) -> Sequence[Use]:
     """Factors of the parameters, in place of that of a weight computed from them."""
     weight = capture.computed.tensors.get(factor.name)
-    if weight is None or isinstance(factor, Computed):
+    if weight is None:
         return [factor]
     made_of = {name: capture.parameters[name] for name in sorted(capture.computed.sources(factor.name))}
     return [

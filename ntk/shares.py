@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ntk.contraction import Contraction
-from ntk.factors import Computed, Factor, Product, Written
+from ntk.factors import Computed, Product, Use, Written
 from ntk.projection import Projection, apply_projection, center_rows
 
 PULLED = 3
@@ -35,7 +35,7 @@ class Share:
 
     name: str
     shape: tuple[int, ...]
-    uses: tuple[list[tuple[int, Factor]], ...]
+    uses: tuple[list[tuple[int, Use]], ...]
     projection: Projection | None
     by_rows: bool = True
 
@@ -161,7 +161,7 @@ class Share:
         return apply_projection(self.projection, rows, self.name).reshape(total.shape)
 
     @staticmethod
-    def _gradient(factor: Factor, derivative: Tensor, n: int) -> Tensor:
+    def _gradient(factor: Use, derivative: Tensor, n: int) -> Tensor:
         """[u, n, parameter.numel()] of one use."""
         if isinstance(factor, Computed):
             rows = Share._gradient(factor.weight, derivative, n)
