@@ -4,11 +4,11 @@ The gradient of an output by a weight is a sum of outer products over positions,
 that a share of the kernel is Σ_pq (a_p·a_q)(g_p·g_q) (Novak et al. 2022, arXiv 2206.08720). It is summed in the cheaper
 of two ways: over pairs of positions, or by writing the gradients of one example out and multiplying those.
 
-Where examples do not meet, one backward pass per output serves all examples. Where they do, as before a BatchNorm in
-train mode, an output has derivatives at every example: a row of the Jacobian is then a sum over the positions of the
-whole batch, and is written in an orthonormal basis of the inputs where that is shorter. Which layers these are is
-tested: a random weight for each example must come out at its own derivatives only. What has no rule goes through
-ntk/contraction.py.
+Where examples do not meet, one backward pass per output serves all examples (ntk/examples_apart.py). Where they do, as
+before a BatchNorm in train mode, an output has derivatives at every example: a row of the Jacobian is then a sum over
+the positions of the whole batch, and is written in an orthonormal basis of the inputs where that is shorter. Which
+layers these are is tested: a random weight for each example must come out at its own derivatives only. What has no rule
+goes through ntk/contraction.py.
 """
 
 import math
