@@ -35,7 +35,8 @@ class Block:
     """Part of a kernel that is being summed.
 
     Attributes:
-        target: [u n, v m], output-major, of all pairs of outputs; or [n, m] of equal outputs, summed over them.
+        target: [u n, v m], output-major, of all pairs of outputs; or [n, m] of equal outputs, summed over them; in
+            the type of the products.
         sizes: (n, m), the examples of each batch.
         paired: Whether only equal outputs count.
         lower: Whether the block is its own transpose, so that the lower triangle is enough.
@@ -129,18 +130,19 @@ def add_share(
     Returns:
         Whether the bias was added.
     """
-    n, m = block.sizes
+    (n, m), dtype = block.sizes, block.target.dtype
     if not share.factored:
-        one = share.written(0, derivatives[0], n)
-        block.add_rows(one, one if block.lower else share.written(-1, derivatives[1], m), multipliers[0])
+        one = share.written(0, derivatives[0], n).to(dtype)
+        other = one if block.lower else share.written(-1, derivatives[1], m).to(dtype)
+        block.add_rows(one, other, multipliers[0])
         return False
     rights = [share.right(0, derivatives[0], n)]
     rights.append(rights[0] if block.lower else share.right(-1, derivatives[1], m))
-    lefts = [share.left(0, n)]
-    lefts.append(lefts[0] if len(share.uses) == 1 else share.left(1, m))
+    lefts = [share.left(0, n).to(dtype)]
+    lefts.append(lefts[0] if len(share.uses) == 1 else share.left(1, m).to(dtype))
     for way in _ranking(_costs(block, lefts, rights)):
         if way == "positions":
-            _add_positions(block, lefts, rights, multipliers)
+            _add_positions(block, lefts, [right.to(dtype) for right in rights], multipliers)
             return True
         if way == "outer":
             break
@@ -149,7 +151,7 @@ def add_share(
         if first is not None and second is not None:
             _add_separable(block, lefts, (first, second), multipliers[0])
             return False
-    _add_outer(block, lefts, rights, multipliers[0])
+    _add_outer(block, lefts, [right.to(dtype) for right in rights], multipliers[0])
     return False
 
 
@@ -181,17 +183,16 @@ def _add_separable(
     block: Block, lefts: list[Tensor], separated: tuple[tuple[Tensor, Tensor], ...], factor: float
 ) -> None:
     """Write the gradients of one output out, some channels at a time, and weigh their products for each channel."""
-    (n, m), (one, other) = block.sizes, (units.flatten(1) for units, _ in separated)
+    (n, m), dtype = block.sizes, block.target.dtype
+    (one, other), values = zip(*((units.flatten(1).to(dtype), v.to(dtype)) for units, v in separated), strict=True)
     if block.paired:
         one, other = (one * other).sum(0, keepdim=True), torch.ones_like(one[:1])
-    g, k, q = *lefts[0].shape[1:3], separated[0][1].shape[2]
+    g, k, q = *lefts[0].shape[1:3], values[0].shape[2]
     channels = torch.arange(g * q, device=one.device).reshape(g, q)
     step = max(1, block.entries // (g * max(n * m, n * k, m * k)))
     for start in range(0, q, step):
         part = slice(start, start + step)
-        rows = [
-            (values[:, :, part] @ left.mT).flatten(1, 2) for left, (_, values) in zip(lefts, separated, strict=True)
-        ]
+        rows = [(value[:, :, part] @ left.mT).flatten(1, 2) for left, value in zip(lefts, values, strict=True)]
         products = (rows[0].transpose(0, 1) @ rows[1].permute(1, 2, 0)).flatten(1)
         numbers = channels[:, part].flatten()
         target = block.target.unflatten(1, (-1, m)).unflatten(0, (-1, n))
@@ -239,14 +240,15 @@ def _add_positions(block: Block, lefts: list[Tensor], rights: list[Tensor], mult
 class OutputSum:
     """The derivatives' side of a weight without positions, multiplied and summed over outputs as these come."""
 
-    def __init__(self, share: Share, sizes: tuple[int, int]) -> None:
+    def __init__(self, share: Share, sizes: tuple[int, int], dtype: torch.dtype) -> None:
         """Sum nothing yet.
 
         Args:
             share: Of the weight.
             sizes: (n, m), the examples of each batch.
+            dtype: Of the products.
         """
-        self.share, self.sizes = share, sizes
+        self.share, self.sizes, self.dtype = share, sizes, dtype
         self.products = torch.zeros(())
 
     def take(self, first: Derivatives, second: Derivatives) -> None:
@@ -257,8 +259,8 @@ class OutputSum:
             second: Of the second, or the same.
         """
         (n, m), lower = self.sizes, len(self.share.uses) == 1
-        one = self.share.right(0, first, n)[:, :, 0, :, 0]
-        other = one if lower else self.share.right(-1, second, m)[:, :, 0, :, 0]
+        one = self.share.right(0, first, n)[:, :, 0, :, 0].to(self.dtype)
+        other = one if lower else self.share.right(-1, second, m)[:, :, 0, :, 0].to(self.dtype)
         if self.products.ndim == 0:
             self.products = one.new_zeros(n, m)
         for a, b in zip(one, other, strict=True):
@@ -272,7 +274,8 @@ class OutputSum:
             block: Of equal outputs.
             multipliers: Of the weight, and of the bias at the same calls; 0 for none.
         """
-        lefts = [self.share.left(side, self.sizes[side])[:, 0, :, 0] for side in range(len(self.share.uses))]
+        sides = range(len(self.share.uses))
+        lefts = [self.share.left(side, self.sizes[side])[:, 0, :, 0].to(self.dtype) for side in sides]
         for rows, columns in block.strips(*self.sizes, 2 * STRIP):
             inputs = _left_products(lefts[0][rows], lefts[-1][columns], multipliers)
             block.target[rows, columns].addcmul_(inputs, self.products[rows, columns])

@@ -144,3 +144,25 @@ def check_inputs(
                 )
     if dtype not in (None, torch.float32, torch.float64):
         raise ValueError(f"dtype must be None, torch.float32 or torch.float64; got {dtype}. Use float64 for spectra.")
+
+
+def check_accumulation(accumulate: torch.dtype | None, implementation: str = "auto") -> None:
+    """Refuse a type that products are not summed in.
+
+    Args:
+        accumulate: The `accumulate` argument.
+        implementation: The `implementation` argument.
+
+    Raises:
+        ValueError: It is neither None nor torch.float64, or sums run where it does not reach them.
+    """
+    if accumulate not in (None, torch.float64):
+        raise ValueError(
+            f"accumulate must be torch.float64, or None for the type of the derivatives; got {accumulate}. What they "
+            "are computed in is set by dtype."
+        )
+    if accumulate is not None and implementation == "ntk_vector_products":
+        raise ValueError(
+            "accumulate must be None for implementation='ntk_vector_products', whose sums run inside autograd in the "
+            f"type of the model; got {accumulate}. Take another implementation, or dtype={accumulate}."
+        )

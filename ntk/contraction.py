@@ -43,6 +43,7 @@ class Contraction:
         groups: Parameter name -> key of the kernel that its contribution is added to.
         max_memory: Bytes that everything beyond the model and its inputs may take, or None.
         report: Called after each chunk with (rows computed, rows to compute in all).
+        accumulate: Type that derivatives are multiplied and summed in; None for their own.
     """
 
     reduce: str
@@ -51,6 +52,15 @@ class Contraction:
     groups: dict[str, str]
     max_memory: int | None
     report: Callable[[int, int], None]
+    accumulate: torch.dtype | None = None
+
+    def kernel_dtype(self, derivatives: torch.Tensor) -> torch.dtype:
+        """Type of the kernel.
+
+        Args:
+            derivatives: Anything of the type that derivatives are computed in.
+        """
+        return derivatives.dtype if self.accumulate is None else self.accumulate
 
 
 class Gradients:
@@ -174,6 +184,7 @@ class JacobianRows:
         self.plan = plan
         self.chunk = max(1, min(chunk, CHUNK_BYTES // (4 * batch.activation_bytes)))
         self.on_rows = on_rows
+        self.dtype = plan.kernel_dtype(batch.output)
         self.sources = sources
         self.gradients = Gradients(batch.output, [entry for source in sources for entry in source.inputs])
 
@@ -197,10 +208,10 @@ class JacobianRows:
                 if rows is None:
                     continue
                 if (begin, end) == (start, stop):
-                    tile[source.name] = rows
+                    tile[source.name] = rows.to(self.dtype)
                     continue
                 if source.name not in tile:
-                    tile[source.name] = rows.new_empty(stop - start, source.features)
+                    tile[source.name] = rows.new_empty(stop - start, source.features, dtype=self.dtype)
                 tile[source.name][begin - start : end - start] = rows
             self.on_rows(end - begin)
         return tile
@@ -238,17 +249,19 @@ def contract(
         taken: Bytes of `max_memory` that are spoken for already.
 
     Returns:
-        Group -> kernel in the dtype of the model: [n1, n2, o, o] for reduce="none", else [n1, n2].
+        Group -> kernel in the type of `plan.kernel_dtype`: [n1, n2, o, o] for reduce="none", else [n1, n2].
     """
-    itemsize = first.output.element_size()
+    dtype, itemsize = plan.kernel_dtype(first.output), first.output.element_size()
     if sources is None:
         sources = parameter_sources(first, plan), [] if second is None else parameter_sources(second, plan)
-    row_bytes = itemsize * max(sum(part.features + part.in_flight for part in parts) for parts in sources)
+    row_bytes = max(
+        sum(dtype.itemsize * part.features + itemsize * part.in_flight for part in parts) for parts in sources
+    )
     n, o = first.output.shape
     per_example = o if plan.reduce == "none" else 1
     counts = n * per_example, 0 if second is None else second.output.shape[0] * per_example
     shape = counts[0], counts[0] if second is None else counts[1]
-    taken += kernel_bytes(shape, plan, 8 + itemsize)
+    taken += kernel_bytes(shape, plan, 8 + dtype.itemsize)
     taken += sum(b.graph_bytes + b.copied_bytes for b in (first, second) if b is not None)
     tile, chunk = tile_rows(counts, row_bytes, plan.max_memory, taken)
     steps = list(_tile_pairs(shape, tile, symmetric=second is None))
@@ -269,7 +282,7 @@ def contract(
             columns = rows if right is left and a == b else right.rows(b.start, b.stop, unit)
             _accumulate(kernels, plan, (rows, columns), (a, b), mirror=right is left)
     scale = 1.0 / o if plan.reduce == "trace" else 1.0
-    return {group: _shape(kernel.mul_(scale), plan, o, first.output.dtype) for group, kernel in kernels.items()}
+    return {group: _shape(kernel.mul_(scale), plan, o, dtype) for group, kernel in kernels.items()}
 
 
 def kernel_bytes(shape: tuple[int, int], plan: Contraction, itemsize: int) -> int:

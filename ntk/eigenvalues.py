@@ -11,7 +11,7 @@ from ntk.lanczos import ends
 from ntk.memory import parse_memory
 from ntk.operator import NtkOperator
 from ntk.results import KernelResult
-from ntk.spectrum import Spectrum, float_dtype
+from ntk.spectrum import Spectrum, float_dtype, precision_floor
 
 BASIS_BYTES = 2**29
 """Memory that a basis may take when max_memory leaves it open (chosen, not tuned)."""
@@ -65,11 +65,13 @@ def spectrum(
                 f"a spectrum needs a kernel of one batch with itself; got a cross kernel of shape {kernel.shape}. "
                 "Compute it with x2=None."
             )
-        return _of_matrix(kernel.flatten(), k, kernel.describe())
+        return _of_matrix(kernel.flatten(), k, kernel.describe(), computed_in=kernel.computed_in)
     return _of_matrix(np.asarray(kernel), k, "array")
 
 
-def _of_matrix(matrix: np.ndarray, k: Count, source: str, products: int | None = None) -> Spectrum:
+def _of_matrix(
+    matrix: np.ndarray, k: Count, source: str, products: int | None = None, computed_in: np.dtype | None = None
+) -> Spectrum:
     dtype = float_dtype(matrix.dtype)
     matrix = np.asarray(matrix, dtype=np.float64)
     _check_symmetric(matrix, dtype)
@@ -77,14 +79,24 @@ def _of_matrix(matrix: np.ndarray, k: Count, source: str, products: int | None =
     largest, smallest = _counts(k, size)
     subset = None if k is None or smallest else (size - largest, size - 1)
     eigenvalues = scipy.linalg.eigh((matrix + matrix.T) / 2, eigvals_only=True, subset_by_index=subset)
-    error = float(np.finfo(dtype).eps * np.abs(eigenvalues).max() * size)
+    error = precision_floor(float(np.abs(eigenvalues).max()), size, dtype, computed_in)
     positive = eigenvalues[eigenvalues > error]
     end = (float(positive[0]), error) if smallest and len(positive) else None
     null = int((np.abs(eigenvalues) <= error).sum()) if smallest else None
     if smallest:
         eigenvalues = np.concatenate([eigenvalues[:smallest], eigenvalues[size - largest :]])
     return Spectrum(
-        eigenvalues, size, "dense", error, dtype, source, smallest, positive=end, null_dimension=null, products=products
+        eigenvalues,
+        size,
+        "dense",
+        error,
+        dtype,
+        source,
+        smallest,
+        positive=end,
+        null_dimension=null,
+        products=products,
+        computed_in=computed_in,
     )
 
 
@@ -112,7 +124,7 @@ def _of_operator(
     )
     if exact is not None:
         dtype = np.dtype(np.float64)
-    error = float(np.finfo(dtype).eps) * size * float(np.abs(found.values).max())
+    error = precision_floor(float(np.abs(found.values).max()), size, dtype)
     positive, null = found.positive if counts[1] else None, found.nullity
     if exact is not None:
         null = None  # what float32 takes for zero need not be

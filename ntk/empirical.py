@@ -6,7 +6,7 @@ from collections.abc import Mapping
 import numpy as np
 import torch
 
-from ntk.checks import check_inputs, check_model, describe_mode
+from ntk.checks import check_accumulation, check_inputs, check_model, describe_mode
 from ntk.contraction import Contraction, contract
 from ntk.errors import MemoryBudgetError, NonFiniteKernelError, UnknownNameError
 from ntk.forward import Evaluation, run_batch
@@ -34,6 +34,7 @@ def empirical_ntk(
     params: ParameterChoice = None,
     max_memory: int | str | None = None,
     dtype: torch.dtype | None = None,
+    accumulate: torch.dtype | None = None,
     progress: bool = False,
     batch_statistics: str = "batch",
     reference: torch.Tensor | None = None,
@@ -66,6 +67,9 @@ def empirical_ntk(
             string such as "1GiB". Examples and outputs are taken in tiles, and derivatives computed again, never
             approximated.
         dtype: torch.float32 or torch.float64 to compute in, on a cast copy; None for the type of the model.
+        accumulate: torch.float64 to multiply and sum float32 derivatives in float64, so that the kernel is their exact
+            Gram matrix: eigenvalues of 1e-9 of the largest are then told from zero, where sums in float32 lose those of
+            1e-6. Examples are not taken in tiles then. None for the type of the derivatives.
         progress: Report on the standard error stream.
         batch_statistics: What BatchNorm layers in train mode normalize by. "batch": each batch by its own mean and
             variance, functions of the weights. "frozen": the same values as constants, so that examples do not meet.
@@ -96,6 +100,7 @@ def empirical_ntk(
         OutputShapeError: The output is not [n, o].
         InputMismatchError: x1, x2 and reference are no batches of one kind of example.
         MemoryBudgetError: max_memory does not hold the smallest tiles; the message names what would.
+        ValueError: max_memory, dtype or accumulate is not admissible, or "ntk_vector_products" is to accumulate.
         NoJacobianProductError: "ntk_vector_products" of a model with an operation that has no rule for J w.
     """
     how = Evaluation(dtype, Statistics(batch_statistics, reference), output)
@@ -109,6 +114,7 @@ def empirical_ntk(
         params,
         max_memory,
         how,
+        accumulate=accumulate,
         progress=progress,
         by_layer=False,
     )
@@ -126,6 +132,7 @@ def layerwise_ntk(
     params: ParameterChoice = None,
     max_memory: int | str | None = None,
     dtype: torch.dtype | None = None,
+    accumulate: torch.dtype | None = None,
     progress: bool = False,
     batch_statistics: str = "batch",
     reference: torch.Tensor | None = None,
@@ -146,6 +153,7 @@ def layerwise_ntk(
         params: As in `empirical_ntk`.
         max_memory: As in `empirical_ntk`.
         dtype: As in `empirical_ntk`.
+        accumulate: As in `empirical_ntk`.
         progress: As in `empirical_ntk`.
         batch_statistics: As in `empirical_ntk`.
         reference: As in `empirical_ntk`.
@@ -165,6 +173,7 @@ def layerwise_ntk(
         params,
         max_memory,
         how,
+        accumulate=accumulate,
         progress=progress,
         by_layer=True,
     )
@@ -182,6 +191,7 @@ def _kernels(
     max_memory: int | str | None,
     evaluation: Evaluation,
     *,
+    accumulate: torch.dtype | None,
     progress: bool,
     by_layer: bool,
 ) -> tuple[dict[str, np.ndarray], dict]:
@@ -199,6 +209,7 @@ def _kernels(
             raise UnknownNameError(argument, value, admissible)
     statistics = evaluation.statistics
     check_inputs(x1, x2, evaluation.dtype, statistics.reference)
+    check_accumulation(accumulate, implementation)
     inputs = [("x1", x1)] if x2 is None else [("x1", x1), ("x2", x2)]
     with measured(model) as (plain, notes):
         check_model(plain, statistics.smallest_batch(*(x for _, x in inputs)))
@@ -212,6 +223,7 @@ def _kernels(
             groups={name: name.rpartition(".")[0] if by_layer else "" for name in multipliers},
             max_memory=parse_memory(max_memory),
             report=_report if progress else lambda done, total: None,
+            accumulate=accumulate,
         )
         whose = statistics.describe(two_batches=x2 is not None)
         mode, entering = describe_mode(plain, two_batches=x2 is not None, statistics=whose)
@@ -236,6 +248,7 @@ def _kernels(
         "statistics": entering,
         "by_jacobian": by_jacobian,
         "implementation": route,
+        "computed_in": _narrower([evaluation.dtype or own[name].dtype for name in multipliers], accumulate),
         "notes": notes,
         "verified": route != "ntk_vector_products",  # the others mirror a triangle
         "versions": {"torch": torch.__version__, "numpy": np.__version__},
@@ -266,6 +279,11 @@ def _contract(
                 raise
     batches = [run_batch(model, x, names, evaluation, argument) for argument, x in inputs]
     return contract(batches[0], batches[1] if len(batches) == 2 else None, plan), names, "jacobian_contraction"
+
+
+def _narrower(types: list[torch.dtype], accumulate: torch.dtype | None) -> np.dtype | None:
+    """Type of the derivatives, if they are summed in a wider one."""
+    return np.dtype(np.float32) if accumulate is not None and torch.float32 in types else None
 
 
 def _report(done: int, total: int) -> None:

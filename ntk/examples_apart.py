@@ -30,19 +30,22 @@ def working_memory(recordings: Sequence[Recording], shares: Sequence[Share], pla
         plan: As in `ntk.structured.contract_structured`.
     """
     outputs = [part.batch.output for part in recordings]
-    size, o = outputs[0].element_size(), outputs[0].shape[1] if plan.reduce == "none" else 1
+    size, wide = outputs[0].element_size(), plan.kernel_dtype(outputs[0]).itemsize
+    o = outputs[0].shape[1] if plan.reduce == "none" else 1
     counts = [len(output) for output in outputs]
-    derivatives = lefts = 0
+    derivatives = lefts = copies = 0
     for side, part in enumerate(recordings):
-        derivatives += sum(math.prod(part.capture.sites[site].shape) for site in _used(shares, side))
+        sizes = [math.prod(part.capture.sites[site].shape) for site in _used(shares, side)]
+        derivatives += sum(sizes)
+        copies += 0 if wide == size else _most_at_once(shares, side, part)
         lefts += max(share.fixed_entries(side, counts[side]) for share in shares)
     temporary = max(share.temporary_entries(*counts) for share in shares)
     largest = max(part.batch.activation_bytes for part in recordings)
     return Needs(
-        kernel=kernel_bytes((counts[0] * o, counts[-1] * o), plan, size)
+        kernel=kernel_bytes((counts[0] * o, counts[-1] * o), plan, wide)
         + sum(part.batch.copied_bytes for part in recordings),
-        batch=sum(part.batch.graph_bytes for part in recordings) + size * lefts,
-        output=size * (derivatives + 2 * temporary) + 2 * largest,
+        batch=sum(part.batch.graph_bytes for part in recordings) + wide * lefts,
+        output=size * derivatives + wide * (copies + 2 * temporary) + 2 * largest,
         again=size * derivatives if plan.reduce == "none" and len(recordings) == 1 else 0,
     )
 
@@ -115,7 +118,8 @@ def contract_apart(
     symmetric, paired = len(recordings) == 1, plan.reduce != "none"
     rows = o if plan.reduce != "sum" else 1
     shape = (n, m) if paired else (o * n, o * m)
-    kernels = {group: outputs[0].new_zeros(shape) for group in dict.fromkeys(plan.groups.values())}
+    dtype = plan.kernel_dtype(outputs[0])
+    kernels = {group: outputs[0].new_zeros(shape, dtype=dtype) for group in dict.fromkeys(plan.groups.values())}
     biases = bias_shares(shares, plan)
     sums = _sums(recordings, shares, plan, portions)
     apart = [share for share in shares if share.name not in {*sums, *(biases.get(name) for name in sums)}]
@@ -159,7 +163,8 @@ def _sums(
     if plan.reduce != "trace" or portions.outputs < rows or portions.in_flight >= rows:
         return {}
     found: dict[str, OutputSum] = {}
-    size = outputs[0].element_size() * n * m
+    dtype = plan.kernel_dtype(outputs[0])
+    size = dtype.itemsize * n * m
     for share in shares:
         whole = all(
             part.capture.sites[number].shape[0] == len(part.batch.output)
@@ -170,7 +175,7 @@ def _sums(
             continue
         derivatives = rows * share.total_sizes(0)[3] * sum(map(len, outputs))
         if n * m <= derivatives and size * (len(found) + 1) <= portions.sums:
-            found[share.name] = OutputSum(share, (n, m))
+            found[share.name] = OutputSum(share, (n, m), dtype)
     return found
 
 
@@ -260,6 +265,11 @@ def _values(kernel: Tensor, scale: float, sizes: tuple[int, int, int], reduce: s
     if reduce != "none":
         return kernel.numpy()
     return kernel.reshape(o, n, o, m).permute(1, 3, 0, 2).numpy()
+
+
+def _most_at_once(shares: Sequence[Share], side: int, part: Recording) -> int:
+    """Entries of the derivatives that one share reads."""
+    return max(sum(math.prod(part.capture.sites[number].shape) for number, _ in share.uses[side]) for share in shares)
 
 
 def _used(shares: Sequence[Share], side: int) -> list[int]:

@@ -14,7 +14,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from ntk.checks import check_inputs, check_model
+from ntk.checks import check_accumulation, check_inputs, check_model
 from ntk.contraction import MAX_CHUNK, Contraction, kernel_bytes
 from ntk.costs import factored, pairs_of_rows
 from ntk.errors import UnknownNameError
@@ -150,6 +150,7 @@ def plan(
     params: ParameterChoice = None,
     max_memory: int | str | None = None,
     dtype: torch.dtype | None = None,
+    accumulate: torch.dtype | None = None,
     batch_statistics: str = "batch",
     reference: torch.Tensor | None = None,
     output: OutputChoice = None,
@@ -165,6 +166,7 @@ def plan(
         params: As in `ntk.empirical_ntk`.
         max_memory: As in `ntk.empirical_ntk`.
         dtype: As in `ntk.empirical_ntk`.
+        accumulate: As in `ntk.empirical_ntk`; the vector products, which do not take it, are counted without it.
         batch_statistics: As in `ntk.empirical_ntk`.
         reference: As in `ntk.empirical_ntk`.
         output: As in `ntk.empirical_ntk`.
@@ -179,6 +181,7 @@ def plan(
         raise UnknownNameError("reduce", reduce, REDUCTIONS)
     statistics = Statistics(batch_statistics, reference)
     check_inputs(x1, x2, dtype, reference)
+    check_accumulation(accumulate)
     inputs = [("x1", x1)] if x2 is None else [("x1", x1), ("x2", x2)]
     evaluation = Evaluation(dtype, statistics, output)
     with measured(model) as (plain, _):
@@ -188,7 +191,7 @@ def plan(
         projections, _ = resolve_projection(projection, {name: own[name] for name in multipliers})
         groups = dict.fromkeys(multipliers, "")
         contraction = Contraction(
-            reduce, multipliers, projections, groups, parse_memory(max_memory), lambda done, total: None
+            reduce, multipliers, projections, groups, parse_memory(max_memory), lambda done, total: None, accumulate
         )
         recordings = sketch(plain, inputs, list(multipliers), evaluation)
         if recordings is None:
@@ -231,6 +234,7 @@ class _Work:
         outputs = [part.batch.output for part in recordings]
         self.recordings, self.reduce = recordings, contraction.reduce
         self.size = outputs[0].element_size()
+        self.wide = contraction.kernel_dtype(outputs[0]).itemsize
         self.examples = len(outputs[0]), len(outputs[-1])
         self.sides = len(recordings)
         self.o = outputs[0].shape[1]
@@ -238,7 +242,7 @@ class _Work:
         self.apart = all(part.capture.coupled == 0 for part in recordings)
         per_example = self.o if contraction.reduce == "none" else 1
         shape = self.examples[0] * per_example, self.examples[1] * per_example
-        self.held = kernel_bytes(shape, contraction, self.size) + sum(part.batch.graph_bytes for part in recordings)
+        self.held = kernel_bytes(shape, contraction, self.wide) + sum(part.batch.graph_bytes for part in recordings)
 
     def layers(self, shares: Sequence[Share], biases: Mapping[str, str]) -> dict[str, LayerPlan]:
         """Costs of the parameters that have a rule; a bias is added with its weight where that costs nothing.
@@ -329,7 +333,7 @@ class _Work:
             lower=self.sides == 1,
         )
         way = min(("positions", "outer"), key=ways().__getitem__)
-        lefts = self.size * sum(share.fixed_entries(side, self.examples[side]) for side in range(self.sides))
+        lefts = self.wide * sum(share.fixed_entries(side, self.examples[side]) for side in range(self.sides))
         return way, Cost(self.passes * backward + 2 * ways(elementwise=0)[way], held + lefts)
 
     def _passes_back(self, share: Share) -> bool:
@@ -353,7 +357,7 @@ class _Work:
     def _by_rows(self, backward: float, writing: float, features: int) -> Cost:
         """A row of the Jacobian for each output of each example, over the whole batch."""
         rows = self._rows
-        return Cost(rows * (backward + writing) + self._products_of_rows(features), self.size * rows * features)
+        return Cost(rows * (backward + writing) + self._products_of_rows(features), self.wide * rows * features)
 
     def _general(self, backward: float, forward: float, features: int) -> dict[str, Cost]:
         """The two routes that need no rule: both run the whole batch for each row."""

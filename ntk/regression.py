@@ -10,7 +10,7 @@ import scipy.linalg
 from ntk.display import html_figure, spectrum_svg
 from ntk.errors import ConventionError, PrecisionFloorWarning
 from ntk.results import KernelResult
-from ntk.spectrum import condition_limit
+from ntk.spectrum import condition_limit, precision_floor
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -121,7 +121,9 @@ def predict(
     # With a full kernel the outputs are one vector, example-major as `flatten` has them; else a column each.
     residual = (targets - start).reshape(len(matrix), -1)
     values, vectors = scipy.linalg.eigh((matrix + matrix.T) / 2)
-    floor = float(np.finfo(kernel_train_train.dtype).eps * np.abs(values).max() * len(values))
+    floor = precision_floor(
+        float(np.abs(values).max()), len(values), kernel_train_train.dtype, kernel_train_train.computed_in
+    )
     kept = values > floor
     _warn_beyond_precision(values[kept], kernel_train_train, ridge, time)
     learned = 1.0 if time is None else -np.expm1(-learning_rate * time * (values[kept] + ridge))
@@ -217,9 +219,11 @@ def _outputs(name: str, values: Any, n: int, o: int | None) -> np.ndarray:
 
 def _warn_beyond_precision(values: np.ndarray, kernel: KernelResult, ridge: float, time: float | None) -> None:
     """Say so where the inverse on the range is rounding."""
-    if time is None and len(values) and values[-1] + ridge > condition_limit(kernel.dtype) * (values[0] + ridge):
+    limit = condition_limit(kernel.dtype, kernel.computed_in)
+    if time is None and len(values) and values[-1] + ridge > limit * (values[0] + ridge):
+        of = f"{kernel.dtype} kernel" if kernel.computed_in is None else f"kernel of {kernel.computed_in} derivatives"
         warn(
-            f"the prediction rests on eigenvalues down to {values[0]:.3g} of a {kernel.dtype} kernel whose largest is "
+            f"the prediction rests on eigenvalues down to {values[0]:.3g} of a {of} whose largest is "
             f"{values[-1]:.3g}, which are at the floor of its precision. Compute the kernels with dtype=torch.float64, "
             "or give a ridge.",
             PrecisionFloorWarning,

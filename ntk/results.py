@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import InitVar, dataclass, field, replace
+from operator import attrgetter
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -46,6 +47,7 @@ class KernelResult:
         layer: Module that this is the kernel or the share of, or None for the network.
         standard_error: Of each value if they are a Monte-Carlo average, else None.
         seed: Of a Monte-Carlo average, else None.
+        computed_in: Type of the derivatives that `values` are products of, where that is narrower; else None.
         by_jacobian: Parameters whose share was contracted from their Jacobian, or None if that was no choice.
         implementation: "structured", "jacobian_contraction" or "ntk_vector_products"; None where there was no choice.
         notes: What was done to the model beyond running it, such as taking torch.compile off.
@@ -70,6 +72,7 @@ class KernelResult:
     layer: str | None = None
     standard_error: np.ndarray | None = None
     seed: int | None = None
+    computed_in: np.dtype | None = None
     by_jacobian: tuple[str, ...] | None = None
     implementation: str | None = None
     notes: tuple[str, ...] = ()
@@ -140,7 +143,7 @@ class KernelResult:
             f"{self.parametrization} parametrization",
             f"projection {self.projection or 'none'}",
             norm,
-            str(self.dtype),
+            str(self.dtype) if self.computed_in is None else f"{self.dtype} from derivatives in {self.computed_in}",
             *self.notes,
         ]
         return "; ".join(parts)
@@ -184,6 +187,7 @@ class KernelResult:
         names = ("kind", "reduce", "mode", "parametrization", "projection", "statistics", "layer", "implementation")
         attributes: dict[str, Any] = {name: getattr(self, name) or "" for name in names}
         attributes["symmetric"] = int(self.symmetric)
+        attributes["computed_in"] = str(self.computed_in or self.dtype)
         attributes["multipliers"] = "; ".join(f"{name}: {value!r}" for name, value in self.multipliers or ())
         attributes["notes"] = "; ".join(self.notes)
         attributes["versions"] = "; ".join(f"{name} {version}" for name, version in self.versions.items())
@@ -208,9 +212,14 @@ class KernelResult:
             )
         if self.shape != other.shape:
             raise ConventionError(f"kernels must have one shape to add; got {self.shape} and {other.shape}.")
+        dtype = min(self.dtype, other.dtype, key=attrgetter("itemsize"))
+        computed_in = self.computed_in or other.computed_in
+        if sign < 0 and computed_in is not None:  # a difference is no Gram matrix: its errors are of the narrower type
+            dtype = computed_in
         return replace(
             self,
-            values=self.values + sign * other.values,
+            values=(self.values + sign * other.values).astype(dtype, copy=False),
+            computed_in=None if dtype == computed_in else computed_in,
             symmetric=self.symmetric and other.symmetric,
             layer=self.layer if self.layer == other.layer else None,
             implementation=self.implementation if self.implementation == other.implementation else None,
@@ -229,7 +238,10 @@ class KernelResult:
         if not isinstance(factor, int | float | np.integer | np.floating):
             return NotImplemented
         error = None if self.standard_error is None else abs(float(factor)) * self.standard_error
-        return replace(self, values=self.values * float(factor), standard_error=error)
+        values, computed_in = self.values * float(factor), self.computed_in
+        if factor < 0 and computed_in is not None:
+            values, computed_in = values.astype(computed_in), None
+        return replace(self, values=values, standard_error=error, computed_in=computed_in)
 
     __rmul__ = __mul__
 

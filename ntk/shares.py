@@ -225,18 +225,19 @@ def bias_shares(shares: Sequence[Share], plan: Contraction) -> dict[str, str]:
     return found
 
 
-def row_spans(share: Share) -> list[Tensor] | None:
+def row_spans(share: Share, dtype: torch.dtype) -> list[Tensor] | None:
     """Sides of the input over the whole batch, in an orthonormal basis of their span where that is shorter.
 
     Args:
         share: Of one parameter.
+        dtype: Of the rows that are made of them.
 
     Returns:
         [g, K', M P] for each batch, with one K' for all; None where the gradient is written in full.
     """
     if not share.factored:
         return None
-    lefts = [share.left(side, 1)[0] for side in range(len(share.uses))]
+    lefts = [share.left(side, 1)[0].to(dtype) for side in range(len(share.uses))]
     positions = [left.shape[-1] for left in lefts]
     if sum(positions) >= lefts[0].shape[1]:
         return lefts

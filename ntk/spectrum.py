@@ -27,16 +27,49 @@ def float_dtype(dtype: Any) -> np.dtype:
     return np.dtype(np.float32 if dtype is not None and np.dtype(dtype) == np.float32 else np.float64)
 
 
-def condition_limit(dtype: np.dtype | type) -> float:
+def condition_limit(dtype: np.dtype | type, computed_in: np.dtype | None = None) -> float:
     """Largest condition number that values of this type can support.
 
     float32: 1e4. At that limit the smallest eigenvalue has a relative error of order 1e4 * eps = 0.12 %; the same error
-    in float64 is reached at 5.4e12.
+    in float64 is reached at 5.4e12, and in the Gram matrix of float32 derivatives, where it is 2 sqrt(κ) eps, at 2.5e7.
 
     Args:
         dtype: Floating-point type that the kernel was computed in.
+        computed_in: Narrower one of the derivatives that it is the Gram matrix of, or None.
     """
+    if computed_in is not None:
+        return (condition_limit(computed_in) / 2) ** 2
     return FLOAT32_CONDITION_LIMIT * float(np.finfo(np.float32).eps) / float(np.finfo(dtype).eps)
+
+
+def jacobian_error(largest: float, size: int, computed_in: np.dtype | None) -> float:
+    """Spectral norm δ that rounding of the Jacobian may have: an eigenvalue λ is then good to 2 sqrt(λ) δ + δ².
+
+    A rounding error of eps in each row, relative to the largest singular value, has δ <= eps * sqrt(size * λmax); the
+    singular values move by δ at most (Weyl's inequality).
+
+    Args:
+        largest: λmax of the kernel.
+        size: Rows of the Jacobian.
+        computed_in: Type of the Jacobian where the kernel is its Gram matrix in a wider one; None gives 0.
+    """
+    return 0.0 if computed_in is None else float(np.finfo(computed_in).eps * np.sqrt(size * max(largest, 0.0)))
+
+
+def precision_floor(largest: float, size: int, dtype: np.dtype, computed_in: np.dtype | None = None) -> float:
+    """What an eigenvalue must exceed to be told from zero.
+
+    eps * λmax * size (Weyl's inequality with a rounding error of eps * λmax in each of `size` terms); of a rounded
+    Jacobian the eigenvalue that equals its own error 2 sqrt(λ) δ + δ², where that is larger.
+
+    Args:
+        largest: Largest absolute eigenvalue.
+        size: Of the kernel.
+        dtype: Floating-point type that the kernel was computed in.
+        computed_in: Narrower one of the derivatives, or None.
+    """
+    of_jacobian = ((1 + np.sqrt(2)) * jacobian_error(largest, size, computed_in)) ** 2
+    return float(max(np.finfo(dtype).eps * largest * size, of_jacobian))
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -47,9 +80,7 @@ class Spectrum:
         eigenvalues: [k], descending, float64, read-only. Slightly negative ones stand as they came out.
         size: Number of eigenvalues that the kernel has; k < size for a partial spectrum.
         method: How they were obtained: "dense" or "lanczos".
-        error_estimate: Absolute error of each eigenvalue, eps * λmax * size with the eps of `dtype` (Weyl's inequality
-            with a rounding error of eps * λmax in each of `size` terms). It is also the floor below which a value is
-            zero.
+        error_estimate: Floor below which a value is zero, and no value has a smaller error: `precision_floor`.
         dtype: Floating-point type that the kernel was computed in; the eigenvalues themselves are float64.
         source: Convention of the kernel in one line.
         smallest: How many of the eigenvalues of a partial spectrum are from the lower end.
@@ -58,6 +89,7 @@ class Spectrum:
         positive: Smallest eigenvalue found above `error_estimate`, with its residual; None where none was looked for.
         null_dimension: Dimension of the null space as an exhausted Krylov space gives it, or None.
         products: Vectors that the kernel was multiplied by, or None for "dense" from a matrix.
+        computed_in: Type of the derivatives that the kernel is the Gram matrix of, where it is narrower; else None.
     """
 
     eigenvalues: np.ndarray
@@ -72,6 +104,7 @@ class Spectrum:
     positive: tuple[float, float] | None = None
     null_dimension: int | None = None
     products: int | None = None
+    computed_in: np.dtype | None = None
 
     def __post_init__(self) -> None:
         """Make the arrays read-only copies in descending order of the eigenvalues."""
@@ -100,9 +133,14 @@ class Spectrum:
 
     @property
     def errors(self) -> np.ndarray:
-        """Bound [k] on the distance of each value from an eigenvalue: its residual, `error_estimate` at least."""
+        """Bound [k] on the distance of each value from an eigenvalue: its residual, `error_estimate` at least.
+
+        Of the Gram matrix of rounded derivatives 2 sqrt(λ) δ + δ² at least, with δ from `jacobian_error`.
+        """
         residuals = np.zeros(len(self.eigenvalues)) if self.residuals is None else self.residuals
-        return np.maximum(residuals, self.error_estimate)
+        moved = jacobian_error(float(self.eigenvalues[0]), self.size, self.computed_in)
+        of_jacobian = 2 * np.sqrt(np.clip(self.eigenvalues, 0.0, None)) * moved + moved**2
+        return np.maximum(np.maximum(residuals, self.error_estimate), of_jacobian)
 
     @property
     def nullity(self) -> int:
@@ -142,7 +180,7 @@ class Spectrum:
     def at_precision_floor(self) -> bool:
         """Whether the condition number exceeds what the dtype, or the convergence, supports, and so is noise."""
         smallest = self._lower_end("at_precision_floor")
-        return not (smallest > self.errors[-1] and self._ratio() <= condition_limit(self.dtype))
+        return not (smallest > self.errors[-1] and self._ratio() <= condition_limit(self.dtype, self.computed_in))
 
     @property
     def condition_number(self) -> float:
@@ -154,9 +192,9 @@ class Spectrum:
         self._lower_end("condition_number")
         if self.at_precision_floor:
             warn(
-                f"the condition number {self._ratio():.3g} is at the floor of {self.dtype}: above "
-                f"{condition_limit(self.dtype):.2g} it is noise. Compute the kernel with dtype=torch.float64, or read "
-                "eigenvalues and range_condition_number instead.",
+                f"the condition number {self._ratio():.3g} is at the floor of {self._precision}: above "
+                f"{condition_limit(self.dtype, self.computed_in):.2g} it is noise. Compute the kernel with "
+                "dtype=torch.float64, or read eigenvalues and range_condition_number instead.",
                 PrecisionFloorWarning,
                 stacklevel=2,
             )
@@ -174,6 +212,10 @@ class Spectrum:
             return 0.0
         weights = values[values > 0] / values.sum()
         return float(np.exp(-(weights * np.log(weights)).sum()))
+
+    @property
+    def _precision(self) -> str:
+        return str(self.dtype) if self.computed_in is None else f"derivatives in {self.computed_in}"
 
     def _lower_end(self, figure: str) -> float:
         return float((self.eigenvalues if self.smallest else self._complete(figure))[-1])

@@ -96,7 +96,7 @@ def _bytes_of_rows(
     if not (shares or fallback):
         return 0
     outputs = [part.batch.output for part in recordings]
-    size, o = outputs[0].element_size(), outputs[0].shape[1] if plan.reduce == "none" else 1
+    size, o = plan.kernel_dtype(outputs[0]).itemsize, outputs[0].shape[1] if plan.reduce == "none" else 1
     features = sum(math.prod(share.shape) for share in shares)
     features += sum(recordings[0].batch.parameters[name].numel() for name in fallback)
     sites = max(
@@ -110,7 +110,8 @@ def _contract_rows(
     recordings: Sequence[Recording], shares: list[Share], fallback: Sequence[str], plan: Contraction, held: int
 ) -> dict[str, np.ndarray]:
     """Shares that need a row of the Jacobian for each output of each example."""
-    spans = [row_spans(share) for share in shares]
+    dtype = plan.kernel_dtype(recordings[0].batch.output)
+    spans = [row_spans(share, dtype) for share in shares]
     sources = []
     for side, part in enumerate(recordings):
         batch = replace(part.batch, parameters={name: part.batch.parameters[name] for name in fallback})
@@ -138,7 +139,8 @@ def _row_source(share: Share, bases: list[Tensor] | None, side: int, part: Recor
         }
         if bases is None:
             return share.written(side, derivatives, 1).flatten(1)
-        return outer(bases[side].unsqueeze(0), fold(share.right(side, derivatives, 1)), c).movedim(2, 0).flatten(1)
+        right = share.right(side, derivatives, 1).to(bases[side])
+        return outer(bases[side].unsqueeze(0), fold(right), c).movedim(2, 0).flatten(1)
 
     features = math.prod(share.shape) if bases is None else share.features(bases[side].shape[1])
     edges = tuple(part.capture.sites[number].edge for number in numbers)

@@ -105,7 +105,7 @@ class Tiling:
 
 
 def choose_tiling(recordings: Sequence[Recording], plan: Contraction) -> Tiling | None:
-    """The tiling with the fewest passes that fits; all examples at once where examples meet, or may do so.
+    """The tiling with the fewest passes that fits; all examples at once where they may meet, or must round alike.
 
     Args:
         recordings: From `sketch`, or real ones.
@@ -123,7 +123,8 @@ def choose_tiling(recordings: Sequence[Recording], plan: Contraction) -> Tiling 
     if plan.max_memory is None:
         return Tiling(most, 1, outputs, outputs + FORWARD)
     found = []
-    divisible = all(part.capture.apart(part.batch.output) for part in recordings)
+    apart = all(part.capture.apart(part.batch.output) for part in recordings)
+    divisible = apart and plan.accumulate is None  # a tile rounds in its own way, and the kernel is no Gram matrix
     for tiles in (2**power for power in range(most.bit_length() + 1 if divisible else 1)):
         size = math.ceil(most / tiles)
         parted = needs if tiles == 1 else _of_tiles(needs, recordings, size)
