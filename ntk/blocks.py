@@ -4,6 +4,7 @@ A block holds outputs a of the first batch against outputs b of the second. Of a
 computed, in strips, and mirrored when everything has been added.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -11,7 +12,7 @@ from torch import Tensor
 
 from ntk.costs import factored
 from ntk.memory import pieces
-from ntk.separable import separate
+from ntk.separable import Multiples, separate
 from ntk.shares import Derivatives, Share, fold, outer
 
 STRIP = 128
@@ -238,7 +239,11 @@ def _add_positions(block: Block, lefts: list[Tensor], rights: list[Tensor], mult
 
 
 class OutputSum:
-    """The derivatives' side of a weight without positions, multiplied and summed over outputs as these come."""
+    """The derivatives' side of a weight without positions, multiplied and summed over outputs as these come.
+
+    While outputs are multiples of the first one, channel by channel, their products are one product, and are left for
+    the end.
+    """
 
     def __init__(self, share: Share, sizes: tuple[int, int], dtype: torch.dtype) -> None:
         """Sum nothing yet.
@@ -250,6 +255,8 @@ class OutputSum:
         """
         self.share, self.sizes, self.dtype = share, sizes, dtype
         self.products = torch.zeros(())
+        self._of_first: list[Multiples] = []
+        self._weights = torch.zeros(())
 
     def take(self, first: Derivatives, second: Derivatives) -> None:
         """Add the products of some outputs.
@@ -258,14 +265,39 @@ class OutputSum:
             first: Derivatives of the first batch.
             second: Of the second, or the same.
         """
-        (n, m), lower = self.sizes, len(self.share.uses) == 1
-        one = self.share.right(0, first, n)[:, :, 0, :, 0].to(self.dtype)
-        other = one if lower else self.share.right(-1, second, m)[:, :, 0, :, 0].to(self.dtype)
+        batches = (first, second)[: len(self.share.uses)]
+        rights = [
+            self.share.right(side, derivatives, n)[:, :, 0, :, 0]
+            for side, (derivatives, n) in enumerate(zip(batches, self.sizes, strict=False))
+        ]
+        for output in zip(*rights, strict=True):
+            self._take(output)
+
+    def _take(self, output: Sequence[Tensor]) -> None:
+        """Weigh the products of the first output once more, or add those of another."""
         if self.products.ndim == 0:
-            self.products = one.new_zeros(n, m)
-        for a, b in zip(one, other, strict=True):
-            for rows, columns in strips(n, m, 2 * STRIP, lower=lower):
-                self.products[rows, columns].addmm_(a[rows], b[columns].T)
+            self.products = output[0].new_zeros(self.sizes, dtype=self.dtype)
+            self._of_first = [Multiples(side) for side in output]
+            self._weights = output[0].new_ones(output[0].shape[1])
+            return
+        found = (first.factors(side) for first, side in zip(self._of_first, output, strict=False))
+        factors = [factor for factor in found if factor is not None]
+        if self._of_first and len(factors) == len(output):
+            self._weights += factors[0] * factors[-1]
+            return
+        self._add_first()
+        self._multiply(output[0], output[-1])
+
+    def _add_first(self) -> None:
+        if self._of_first:
+            one, other = self._of_first[0].reference, self._of_first[-1].reference
+            self._multiply(self._weights * one, other)
+            self._of_first = []
+
+    def _multiply(self, one: Tensor, other: Tensor) -> None:
+        one, other = one.to(self.dtype), other.to(self.dtype)
+        for rows, columns in strips(*self.sizes, 2 * STRIP, lower=len(self.share.uses) == 1):
+            self.products[rows, columns].addmm_(one[rows], other[columns].T)
 
     def add_to(self, block: Block, multipliers: tuple[float, float]) -> None:
         """Add the share to a block.
@@ -274,6 +306,7 @@ class OutputSum:
             block: Of equal outputs.
             multipliers: Of the weight, and of the bias at the same calls; 0 for none.
         """
+        self._add_first()
         sides = range(len(self.share.uses))
         lefts = [self.share.left(side, self.sizes[side])[:, 0, :, 0].to(self.dtype) for side in sides]
         for rows, columns in block.strips(*self.sizes, 2 * STRIP):

@@ -164,7 +164,7 @@ def _sums(
         return {}
     found: dict[str, OutputSum] = {}
     dtype = plan.kernel_dtype(outputs[0])
-    size = dtype.itemsize * n * m
+    held = 0
     for share in shares:
         whole = all(
             part.capture.sites[number].shape[0] == len(part.batch.output)
@@ -173,8 +173,10 @@ def _sums(
         )
         if not (share.without_positions and whole):
             continue
-        derivatives = rows * share.total_sizes(0)[3] * sum(map(len, outputs))
-        if n * m <= derivatives and size * (len(found) + 1) <= portions.sums:
+        derivatives = share.total_sizes(0)[3] * sum(map(len, outputs))  # of one output, which is kept
+        taken = dtype.itemsize * (n * m + derivatives)
+        if n * m <= rows * derivatives and held + taken <= portions.sums:
+            held += taken
             found[share.name] = OutputSum(share, (n, m), dtype)
     return found
 

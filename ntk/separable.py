@@ -40,3 +40,35 @@ def _factors(derivatives: Tensor) -> tuple[Tensor, Tensor] | None:
         if bool((torch.linalg.vector_norm(rest, torch.inf, dim=(0, 3)) > allowed).any()):
             return None
     return factors, values
+
+
+class Multiples:
+    """Derivatives of one output after the other, without positions, as multiples of those of the first."""
+
+    def __init__(self, reference: Tensor) -> None:
+        """Hold those of the first output.
+
+        Args:
+            reference: V [n, Q]
+        """
+        self.reference = reference.clone()  # of a pass over several outputs, which is not to be held
+        self._place = reference.abs().argmax(0, keepdim=True)
+        self._pivot = reference.gather(0, self._place)
+
+    def factors(self, derivatives: Tensor) -> Tensor | None:
+        """Find U, or None where there is none. One example is looked at before all are.
+
+        Args:
+            derivatives: Of another output, [n, Q].
+
+        Returns:
+            U [Q] with derivatives equal to U V, to rounding.
+        """
+        at_place = derivatives.gather(0, self._place)
+        factors = torch.where(self._pivot == 0, 0.0, at_place / self._pivot)
+        allowed = ROUNDING * torch.finfo(derivatives.dtype).eps * at_place.abs().squeeze(0)
+        for examples in (slice(1), slice(None)):
+            rest = torch.addcmul(derivatives[examples], factors, self.reference[examples], value=-1)
+            if bool((rest.abs_().amax(0) > allowed).any()):
+                return None
+        return factors.squeeze(0)

@@ -18,8 +18,8 @@ from ntk.contraction import Contraction
 from ntk.convolution import convolve
 from ntk.forward import Evaluation
 from ntk.recording import record, shares_of
-from ntk.separable import separate
-from tests.ntk.modules import Apply
+from ntk.separable import Multiples, separate
+from tests.ntk.modules import Apply, with_buffers
 from tests.ntk.oracle import jacobian, kernel
 
 
@@ -125,6 +125,55 @@ def test_one_entry_that_does_not_fit_is_seen(example: int) -> None:
     derivatives = draw(4, 1, 2, 3, 1) * draw(5, 2, 3, 6)
     derivatives[2, example, 1, 1, 5] *= 1 + 1e-12
     assert separate(derivatives) is None
+
+
+@pytest.mark.parametrize("example", [0, 4])
+def test_multiples_of_the_first_output(example: int) -> None:
+    generator = torch.Generator().manual_seed(0)
+    reference, factors = (torch.randn(*size, generator=generator).double() for size in ((5, 3), (3,)))
+    reference[:, 1], factors[2] = 0.0, 0.0
+    multiples, other = Multiples(reference), factors * reference
+    torch.testing.assert_close(multiples.factors(other) * reference, other, rtol=1e-14, atol=0)
+    other[example, 0] *= 1 + 1e-12
+    assert multiples.factors(other) is None
+    assert Multiples(reference).factors(torch.ones(5, 3).double()) is None
+
+
+def unlike_heads(model: Apply, x: Tensor) -> Tensor:
+    """Outputs 0 and 1 of one nonlinearity, 2 of another, 3 of the first again."""
+    hidden = model.a(x)
+    first, second = hidden.tanh() @ model.head, hidden.sin().mean(1, keepdim=True)
+    return torch.cat([first[:, :2], second, first[:, 2:]], 1)
+
+
+@pytest.mark.parametrize("cross", [False, True])
+@pytest.mark.parametrize(
+    ("kind", "products"), [("linear head", 1), ("silent channel", 4), ("unlike heads", 3), ("linear", 1)]
+)
+def test_outputs_that_are_multiples_of_the_first_are_one_product(
+    kind: str, products: int, cross: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In front of the last nonlinearity, output after output; those of "linear" are constants, and multiples too."""
+    torch.manual_seed(0)
+    layer, last = nn.Linear(4, 6), nn.Linear(6, 4, bias=False).requires_grad_(False)
+    if kind == "silent channel":
+        last.weight[0, 2] = 0.0
+    behind = {
+        "unlike heads": lambda: with_buffers(Apply(unlike_heads, a=layer), head=torch.randn(6, 3)),
+        "linear": lambda: nn.Sequential(layer, last),
+    }
+    model = behind.get(kind, lambda: nn.Sequential(layer, nn.Tanh(), last))().double()
+    made: list[int] = []
+    multiply = blocks.OutputSum._multiply
+    monkeypatch.setattr(blocks.OutputSum, "_multiply", lambda *given: (made.append(1), multiply(*given))[1])
+    portions = examples_apart.Portions(4, 1, entries=1000, sums=math.inf)
+    monkeypatch.setattr(structured, "choose_portions", lambda *arguments: portions)
+    x1, x2 = torch.randn(6, 4).double(), torch.randn(5, 4).double()
+    first, second = jacobian(model, x1), jacobian(model, x2)
+    expected = kernel(first, second if cross else first).diagonal(dim1=2, dim2=3).mean(-1).numpy()
+    result = ntk.empirical_ntk(model, x1, x2 if cross else None, reduce="trace")
+    np.testing.assert_allclose(result.values, expected, rtol=0, atol=1e-12 * np.abs(expected).max())
+    assert len(made) == products
 
 
 @pytest.mark.parametrize(
