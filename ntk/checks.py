@@ -68,7 +68,7 @@ def check_model(model: torch.nn.Module, n_examples: int) -> None:
     entries = [("parameter", name, value.detach()) for name, value in model.named_parameters()]
     entries += [("buffer", *item) for item in model.named_buffers()]
     for what, name, value in entries:
-        if (value.is_floating_point() or value.is_complex()) and not bool(torch.isfinite(value).all()):
+        if (value.is_floating_point() or value.is_complex()) and not _all_finite(value):
             bad = int((~torch.isfinite(value)).sum())
             raise NonFiniteWeightsError(
                 f"model has {bad} non-finite of {value.numel()} values in {what} {name!r}; all must be finite. "
@@ -87,6 +87,11 @@ def check_model(model: torch.nn.Module, n_examples: int) -> None:
                     f"a batch needs at least 2 examples where module {name!r} normalizes by batch statistics; got 1. "
                     "Give more examples at once, or call model.eval() for the kernel under running statistics."
                 )
+
+
+def _all_finite(value: torch.Tensor) -> bool:
+    """Look at the sum first, which one pass computes; it may overflow where no entry has."""
+    return bool(torch.isfinite(value.sum()) or torch.isfinite(value).all())
 
 
 def _check_parameter_types(model: torch.nn.Module) -> None:

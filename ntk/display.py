@@ -1,4 +1,4 @@
-"""Drawings of kernels and spectra, as SVG text.
+"""Drawings of kernels and spectra, as SVG text, and tables.
 
 Matplotlib is imported when something is drawn, never before, and only its object interface is used: no backend is
 chosen and no global figure is made.
@@ -6,6 +6,7 @@ chosen and no global figure is made.
 
 import html
 import io
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -100,3 +101,25 @@ def figure_svg(figure: "Figure") -> str:
     with rc_context({"svg.hashsalt": "ntk", "svg.fonttype": "none"}):
         figure.savefig(text, format="svg", metadata={"Date": None})
     return text.getvalue()[text.getvalue().index("<svg") :]
+
+
+def html_table(rows: Sequence[Sequence[str]], caption: str, names: int) -> str:
+    """A table of figures for Jupyter.
+
+    Args:
+        rows: The header, then the body.
+        caption: Plain text, escaped here as the cells are.
+        names: Columns that hold no figures, to be set to the left.
+    """
+    header, *body = (_html_row(cells, "th" if number == 0 else "td", names) for number, cells in enumerate(rows))
+    return (
+        f"<table><caption>{html.escape(caption)}</caption><thead>{header}</thead><tbody>{''.join(body)}</tbody></table>"
+    )
+
+
+def _html_row(cells: Sequence[str], tag: str, names: int) -> str:
+    row = (
+        f'<{tag} style="text-align: {"left" if column < names else "right"}">{html.escape(cell)}</{tag}>'
+        for column, cell in enumerate(cells)
+    )
+    return f"<tr>{''.join(row)}</tr>"

@@ -4,7 +4,6 @@ The model is run on shapes alone. Operations are counted from the products that 
 elementwise work is left out. Bytes are what a route holds at once beyond the model and its inputs.
 """
 
-import html
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -17,6 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from ntk.checks import check_accumulation, check_inputs, check_model
 from ntk.contraction import MAX_CHUNK, Contraction, kernel_bytes
 from ntk.costs import factored, pairs_of_rows
+from ntk.display import html_table
 from ntk.errors import UnknownNameError
 from ntk.factors import Computed, Product
 from ntk.forward import Evaluation
@@ -132,12 +132,7 @@ class Plan:
 
     def _repr_html_(self) -> str:
         """The table."""
-        header, *body = self.rows()
-        row = lambda tag, cells: f"<tr>{''.join(f'<{tag}>{html.escape(cell)}</{tag}>' for cell in cells)}</tr>"
-        table = "".join(row("td", cells) for cells in body)
-        return (
-            f"<table><caption>{html.escape(self.summary())}</caption><thead>{row('th', header)}</thead>{table}</table>"
-        )
+        return html_table(self.rows(), self.summary(), names=2)
 
 
 def plan(
