@@ -11,7 +11,7 @@ from ntk.lanczos import ends
 from ntk.memory import parse_memory
 from ntk.operator import NtkOperator
 from ntk.results import KernelResult
-from ntk.spectrum import Spectrum, float_dtype, precision_floor
+from ntk.spectrum import Spectrum, float_dtype, precision_floor, rounding_errors
 
 BASIS_BYTES = 2**29
 """Memory that a basis may take when max_memory leaves it open (chosen, not tuned)."""
@@ -79,9 +79,10 @@ def _of_matrix(
     largest, smallest = _counts(k, size)
     subset = None if k is None or smallest else (size - largest, size - 1)
     eigenvalues = scipy.linalg.eigh((matrix + matrix.T) / 2, eigvals_only=True, subset_by_index=subset)
-    error = precision_floor(float(np.abs(eigenvalues).max()), size, dtype, computed_in)
-    positive = eigenvalues[eigenvalues > error]
-    end = (float(positive[0]), error) if smallest and len(positive) else None
+    precision = float(np.abs(eigenvalues).max()), size, dtype, computed_in
+    error = precision_floor(*precision)
+    positive = eigenvalues[eigenvalues > error][:1]
+    end = (float(positive[0]), float(rounding_errors(positive, *precision)[0])) if smallest and len(positive) else None
     null = int((np.abs(eigenvalues) <= error).sum()) if smallest else None
     if smallest:
         eigenvalues = np.concatenate([eigenvalues[:smallest], eigenvalues[size - largest :]])

@@ -46,7 +46,8 @@ def jacobian_error(largest: float, size: int, computed_in: np.dtype | None) -> f
     """Spectral norm δ that rounding of the Jacobian may have: an eigenvalue λ is then good to 2 sqrt(λ) δ + δ².
 
     A rounding error of eps in each row, relative to the largest singular value, has δ <= eps * sqrt(size * λmax); the
-    singular values move by δ at most (Weyl's inequality).
+    singular values move by δ at most (Weyl's inequality). What a deep network in its chaotic phase makes of rounded
+    activations is not in it, nor in the errors of a float32 kernel: it computes another function, nearby.
 
     Args:
         largest: λmax of the kernel.
@@ -70,6 +71,23 @@ def precision_floor(largest: float, size: int, dtype: np.dtype, computed_in: np.
     """
     of_jacobian = ((1 + np.sqrt(2)) * jacobian_error(largest, size, computed_in)) ** 2
     return float(max(np.finfo(dtype).eps * largest * size, of_jacobian))
+
+
+def rounding_errors(
+    values: np.ndarray, largest: float, size: int, dtype: np.dtype, computed_in: np.dtype | None = None
+) -> np.ndarray:
+    """What rounding may have moved eigenvalues by, `precision_floor` at least.
+
+    Args:
+        values: [k], eigenvalues.
+        largest: Largest absolute eigenvalue.
+        size: Of the kernel.
+        dtype: Floating-point type that the kernel was computed in.
+        computed_in: Narrower one of the derivatives, or None.
+    """
+    moved = jacobian_error(largest, size, computed_in)
+    of_jacobian = 2 * np.sqrt(np.clip(values, 0.0, None)) * moved + moved**2
+    return np.maximum(precision_floor(largest, size, dtype, computed_in), of_jacobian)
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -135,12 +153,14 @@ class Spectrum:
     def errors(self) -> np.ndarray:
         """Bound [k] on the distance of each value from an eigenvalue: its residual, `error_estimate` at least.
 
-        Of the Gram matrix of rounded derivatives 2 sqrt(λ) δ + δ² at least, with δ from `jacobian_error`.
+        Where derivatives were rounded before their Gram matrix was taken, `rounding_errors` at least.
         """
         residuals = np.zeros(len(self.eigenvalues)) if self.residuals is None else self.residuals
-        moved = jacobian_error(float(self.eigenvalues[0]), self.size, self.computed_in)
-        of_jacobian = 2 * np.sqrt(np.clip(self.eigenvalues, 0.0, None)) * moved + moved**2
-        return np.maximum(np.maximum(residuals, self.error_estimate), of_jacobian)
+        known = np.maximum(residuals, self.error_estimate)
+        if self.computed_in is None:
+            return known
+        largest = float(self.eigenvalues[0])
+        return np.maximum(known, rounding_errors(self.eigenvalues, largest, self.size, self.dtype, self.computed_in))
 
     @property
     def nullity(self) -> int:

@@ -91,13 +91,15 @@ def test_small_eigenvalues(network, way: str, reduce: str, monkeypatch: pytest.M
 def test_errors_of_a_spectrum() -> None:
     """2 sqrt(λ) δ + δ² with δ = eps sqrt(size λmax), from the definition; the floor is where λ equals it."""
     model, x = dense()
-    found = ntk.spectrum(ntk.empirical_ntk(model, x, reduce="trace", accumulate=torch.float64))
+    kernel = ntk.empirical_ntk(model, x, reduce="trace", accumulate=torch.float64)
+    found = ntk.spectrum(kernel)
     moved = float(np.finfo(np.float32).eps) * math.sqrt(24 * found.eigenvalues[0])
     np.testing.assert_allclose(found.errors, 2 * np.sqrt(found.eigenvalues) * moved + moved**2, rtol=1e-12)
     floor = precision_floor(found.eigenvalues[0], 24, np.dtype(np.float64), np.dtype(np.float32))
     assert found.error_estimate == floor
     np.testing.assert_allclose(2 * math.sqrt(floor) * moved + moved**2, floor, rtol=1e-12)
     assert found.computed_in == np.float32
+    assert ntk.spectrum(kernel, k=(1, 1)).positive == (found.eigenvalues[-1], found.errors[-1])
     assert "float64 from derivatives in float32" in found.source
 
 
