@@ -68,8 +68,8 @@ def empirical_ntk(
             approximated.
         dtype: torch.float32 or torch.float64 to compute in, on a cast copy; None for the type of the model.
         accumulate: torch.float64 to multiply and sum float32 derivatives in float64, so that the kernel is their exact
-            Gram matrix: eigenvalues of 1e-9 of the largest are then told from zero, where sums in float32 lose those of
-            1e-6. Examples are not taken in tiles then. None for the type of the derivatives.
+            Gram matrix: eigenvalues of 1e-9 of the largest, which sums in float32 turn into noise, keep their leading
+            digits. Examples are not taken in tiles then. None for the type of the derivatives.
         progress: Report on the standard error stream.
         batch_statistics: What BatchNorm layers in train mode normalize by. "batch": each batch by its own mean and
             variance, functions of the weights. "frozen": the same values as constants, so that examples do not meet.
