@@ -7,7 +7,7 @@ through its computation, one example after the other, to those by the parameters
 from collections.abc import Mapping
 
 from torch import Tensor
-from torch.autograd.graph import Node
+from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
 
 
 class ComputedWeights:
@@ -21,19 +21,24 @@ class ComputedWeights:
         """
         self._names = {id(value): name for name, value in parameters.items()}
         self._sources: dict[Node, frozenset[str]] = {}
-        self._keys: dict[int, str] = {}
+        self._keys: dict[tuple[int, Node], str] = {}
         self.tensors: dict[str, Tensor] = {}
+        self.edges: dict[str, GradientEdge] = {}
 
     def name(self, value: Tensor) -> str | None:
-        """A name for such a tensor, which no parameter can have; None for any other.
+        """A name for such a tensor as it is now, which no parameter can have; None for any other.
+
+        Its edge is kept with it: what is done to it in place, after it was applied, changes how it is computed.
 
         Args:
             value: A tensor.
         """
-        if value.grad_fn is None or not self._made_of(value.grad_fn):
+        node = value.grad_fn
+        if node is None or not self._made_of(node):
             return None
-        key = self._keys.setdefault(id(value), f"computed.{len(self._keys)}.")
-        self.tensors[key] = value
+        key = self._keys.setdefault((id(value), node), f"computed.{len(self._keys)}.")
+        if key not in self.tensors:
+            self.tensors[key], self.edges[key] = value, get_gradient_edge(value)
         return key
 
     def sources(self, name: str) -> frozenset[str]:
@@ -42,8 +47,7 @@ class ComputedWeights:
         Args:
             name: From `name`, or of a parameter, which is made of itself.
         """
-        tensor = self.tensors.get(name)
-        return frozenset([name]) if tensor is None or tensor.grad_fn is None else self._made_of(tensor.grad_fn)
+        return self._made_of(self.edges[name].node) if name in self.edges else frozenset([name])
 
     def _made_of(self, start: Node) -> frozenset[str]:
         """Parameters that a node is computed from; none if there is anything else among its leaves."""

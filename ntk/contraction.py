@@ -66,11 +66,11 @@ class Contraction:
 class Gradients:
     """Derivatives of a model output, for several cotangents at once."""
 
-    def __init__(self, output: torch.Tensor, inputs: Sequence[torch.Tensor | GradientEdge]) -> None:
+    def __init__(self, output: torch.Tensor | GradientEdge, inputs: Sequence[torch.Tensor | GradientEdge]) -> None:
         """Say what is differentiated, and by what.
 
         Args:
-            output: [n, o], attached to the graph.
+            output: [n, o], attached to the graph, or its edge; or a computed weight.
             inputs: Leaf tensors, or edges of the graph.
         """
         self.output = output

@@ -104,12 +104,12 @@ def shares_of(recordings: Sequence[Recording], plan: Contraction) -> list[Share]
 
 def _by_parameter(capture: Capture, factor: Factor) -> Sequence[Use]:
     """Factors of the parameters, in place of that of a weight computed from them."""
-    weight = capture.computed.tensors.get(factor.name)
-    if weight is None:
+    if factor.name not in capture.computed.tensors:
         return [factor]
+    weight, edge = capture.computed.tensors[factor.name], capture.computed.edges[factor.name]
     made_of = {name: capture.parameters[name] for name in sorted(capture.computed.sources(factor.name))}
     return [
-        Computed(name, factor, tuple(weight.shape), partial(_pull, Gradients(weight, [value]), value.shape))
+        Computed(name, factor, tuple(weight.shape), partial(_pull, Gradients(edge, [value]), value.shape))
         for name, value in made_of.items()
     ]
 

@@ -1,0 +1,49 @@
+"""Weights that are computed from parameters, and what a model may do with them."""
+
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import ntk
+from tests.ntk.modules import Apply
+from tests.ntk.oracle import jacobian, kernel
+
+X = torch.randn(5, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+
+
+def assert_exact(model: nn.Module, x: Tensor = X) -> ntk.KernelResult:
+    rows = jacobian(model, x)
+    expected = kernel(rows, rows).numpy()
+    result = ntk.empirical_ntk(model, x, implementation="structured")
+    np.testing.assert_allclose(result.values, expected, rtol=0, atol=1e-10 * np.abs(expected).max())
+    return result
+
+
+def made(forward: Callable[[Apply, Tensor], Tensor], **parts: nn.Module | tuple) -> nn.Module:
+    torch.manual_seed(0)
+    return Apply(forward, **parts).double()
+
+
+CHANGES = {
+    "by what examples make": lambda s, w, x: w.add_(s.a(x).mean()),
+    "by another parameter": lambda s, w, x: w.copy_(s.u),
+    "to nothing": lambda s, w, x: w.zero_(),
+    "cut off": lambda s, w, x: w.detach_(),
+}
+
+
+@pytest.mark.parametrize("name", CHANGES)
+def test_a_computed_weight_that_is_changed_once_it_was_applied(name: str) -> None:
+    """What it was made of is what it was made of when it was applied."""
+
+    def forward(s: Apply, x: Tensor) -> Tensor:
+        weight = s.w * s.w
+        y = x @ weight
+        CHANGES[name](s, weight, x)
+        return torch.tanh(y) @ s.v
+
+    assert_exact(made(forward, w=(4, 3), v=(3, 2), a=nn.Linear(4, 3), u=(4, 3)))
