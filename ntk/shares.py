@@ -170,7 +170,8 @@ class Share:
             rows = factor.rows(derivative)
             rows = rows.reshape(len(rows), n, rows.shape[1] // n, -1)
             return rows.squeeze(2) if rows.shape[2] == 1 else rows.sum(2)
-        rows = outer(_cut(factor.left(None), n), fold(_cut(factor.right(derivative), n, axis=1)), len(derivative))
+        left = _cut(factor.left(None), n).conj()  # a weight that is computed may be complex
+        rows = outer(left, fold(_cut(factor.right(derivative), n, axis=1)), len(derivative))
         if factor.order is not None:
             rows = rows[..., factor.order]
         rows = rows.movedim(2, 0)

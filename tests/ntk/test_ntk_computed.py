@@ -47,3 +47,28 @@ def test_a_computed_weight_that_is_changed_once_it_was_applied(name: str) -> Non
         return torch.tanh(y) @ s.v
 
     assert_exact(made(forward, w=(4, 3), v=(3, 2), a=nn.Linear(4, 3), u=(4, 3)))
+
+
+def complex_weight(s: Apply) -> Tensor:
+    return torch.view_as_complex(s.w)
+
+
+def split(y: Tensor) -> Tensor:
+    """Real and imaginary parts as features."""
+    return torch.view_as_real(y).flatten(1)
+
+
+COMPLEX = {
+    "matrix product": lambda s, z: z @ complex_weight(s),
+    "linear": lambda s, z: F.linear(z, complex_weight(s).T),
+    "convolution": lambda s, z: F.conv1d(z.unsqueeze(1), complex_weight(s).unsqueeze(1)),
+    "transposed convolution": lambda s, z: F.conv_transpose1d(z.unsqueeze(2), complex_weight(s).unsqueeze(2)),
+    "gain": lambda s, z: z * complex_weight(s)[:, 0],
+}
+
+
+@pytest.mark.parametrize("name", COMPLEX)
+def test_complex_weights_of_real_parameters(name: str) -> None:
+    """As of a Fourier neural operator: the gradient by such a weight takes the conjugate of its input."""
+    forward = lambda s, x: s.head(split(COMPLEX[name](s, torch.complex(x, s.first(x)))))
+    assert_exact(made(forward, first=nn.Linear(4, 4), w=(4, 3, 2), head=nn.LazyLinear(2)))
