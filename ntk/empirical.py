@@ -95,7 +95,8 @@ def empirical_ntk(
         ActiveDropoutError: A dropout layer is in train mode.
         NondeterministicModelError: Two runs of the model differ.
         StatisticsError: Statistics cannot be exchanged, or examples meet in another way than by them.
-        WrappedModelError: The model is a ScriptModule, or its parameters are spread over processes.
+        WrappedModelError: The model is a ScriptModule, has parameters spread over processes, or uses some of them by
+            another way than from its modules.
         CheckpointingError: The model recomputes activations in a way that does not see the weights in use.
         OutputShapeError: The output is not [n, o].
         InputMismatchError: x1, x2 and reference are no batches of one kind of example.

@@ -7,9 +7,9 @@ from dataclasses import dataclass, field
 import torch
 
 from ntk.capture import Capture, ancestors
-from ntk.errors import CheckpointingError, NondeterministicModelError, StatisticsError
+from ntk.errors import CheckpointingError, NondeterministicModelError, StatisticsError, WrappedModelError
 from ntk.outputs import OutputChoice, as_rows, check_output_choice, select_output
-from ntk.state import random_state
+from ntk.state import preserve_state, random_state
 from ntk.statistics import Moments, Statistics, noting, using
 
 
@@ -174,7 +174,7 @@ def run_batch(
     """Run one batch and keep the graph to the named parameters.
 
     It is run a second time, without a graph, to see that the model is a function of weights, buffers and input: on some
-    of the examples, where they are known not to meet and agree.
+    of the examples, where they are known not to meet and agree. What the model keeps of these runs does not stay.
 
     Args:
         model: The network.
@@ -189,10 +189,22 @@ def run_batch(
 
     Raises:
         NondeterministicModelError: The second run gave another output.
+        WrappedModelError: The model used a parameter itself in place of what stands in for it.
         CheckpointingError: The model recomputes activations without regard to the weights in use.
         StatisticsError: Examples meet although the statistics are not those of the batch.
     """
-    selected = set(names)
+    with preserve_state(model):
+        return _run_twice(model, x, set(names), evaluation, argument, capture)
+
+
+def _run_twice(
+    model: torch.nn.Module,
+    x: torch.Tensor,
+    selected: set[str],
+    evaluation: Evaluation,
+    argument: str,
+    capture: Capture | None,
+) -> Batch:
     # Copies, for a model may write into them: torch.nn.Embedding with max_norm does.
     parameters = {name: cast(p.detach(), evaluation.dtype).clone() for name, p in model.named_parameters()}
     with torch.enable_grad():
@@ -210,6 +222,7 @@ def run_batch(
         output = as_rows(returned, x.shape[0], argument)
     if any(type(node).__name__ == "CheckpointFunctionBackward" for node in ancestors(output)):
         raise CheckpointingError(_RECOMPUTES)
+    check_exchanged(model, output, selected)
     if capture is not None and moments is not None:
         capture.prune(output)
     with torch.enable_grad():  # a model may differentiate inside its forward pass
@@ -228,6 +241,28 @@ def run_batch(
             half = x[: len(x) // 2]
             _check_apart(again(half, moments), output, argument, evaluation.statistics.choice)
     return Batch(output, {name: parameters[name] for name in parameters if name in selected}, sizes)
+
+
+def check_exchanged(model: torch.nn.Module, output: torch.Tensor, names: Iterable[str]) -> None:
+    """See that the output depends on what stood in for parameters, and not on these themselves.
+
+    Args:
+        model: The network.
+        output: Attached to the graph.
+        names: Of the parameters of the kernel.
+
+    Raises:
+        WrappedModelError: It does depend on one of these.
+    """
+    reached = {id(getattr(node, "variable", None)) for node in ancestors(output)} | {id(output)}
+    own = dict(model.named_parameters())
+    for name in names:
+        if id(own[name]) in reached:
+            raise WrappedModelError(
+                f"model must take its parameters from its modules whenever it is called, as others stand in for them; "
+                f"{name!r} entered the output by another way: held in a list or a closure, or in what was computed "
+                "from it in an earlier call and kept. Write self.name in forward, and clear what is kept."
+            )
 
 
 @contextlib.contextmanager

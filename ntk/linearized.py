@@ -6,7 +6,7 @@ import torch
 
 from ntk.checks import check_inputs, check_model
 from ntk.errors import NoJacobianProductError
-from ntk.forward import Evaluation
+from ntk.forward import Evaluation, check_exchanged
 from ntk.outputs import OutputChoice
 from ntk.parameters import select_parameters
 from ntk.snapshot import Snapshot
@@ -54,6 +54,7 @@ class LinearizedModel(torch.nn.Module):
         Raises:
             RuntimeError: The network refuses the input.
             NoJacobianProductError: An operation of the network cannot be differentiated in forward mode.
+            WrappedModelError: The network used a parameter itself in place of what stands in for it.
         """
         check_inputs(x, None, None)
         origin = {name: self._snapshot.parameters[name] for name in self._names}
@@ -70,6 +71,7 @@ class LinearizedModel(torch.nn.Module):
                     "model must consist of operations with a forward-mode derivative to be linearized; one has none: "
                     f"{str(refusal).splitlines()[0]} Write it in torch operations."
                 ) from refusal
+            check_exchanged(self._snapshot.plain, value_and_change[0], self._names)
         return value_and_change[0] + value_and_change[1]
 
 

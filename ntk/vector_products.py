@@ -16,7 +16,7 @@ import torch
 
 from ntk.contraction import CHUNK_BYTES, MAX_CHUNK, Contraction, Gradients
 from ntk.errors import MemoryBudgetError, NoJacobianProductError, NoParametersError
-from ntk.forward import Evaluation, run_batch
+from ntk.forward import Evaluation, check_exchanged, run_batch
 from ntk.projection import Projection, apply_projection
 from ntk.snapshot import Snapshot
 
@@ -51,6 +51,7 @@ class JacobianProducts:
 
         Raises:
             NoParametersError: The output is not connected to any of them.
+            WrappedModelError: The model used a parameter itself in place of what stands in for it.
         """
         self._snapshot, self._x = snapshot, x
         self._refused: dict[str, str] = {}
@@ -63,6 +64,7 @@ class JacobianProducts:
                     f"the model output depends on none of the selected parameters {sorted(leaves)[:4]}; select "
                     "parameters that the forward pass uses, and remove .detach(), .data and torch.no_grad() from it."
                 )
+            check_exchanged(snapshot.plain, self.output, names)
             self._seed = torch.zeros_like(self.output, requires_grad=True)
             pulled = torch.autograd.grad(
                 self.output, list(leaves.values()), self._seed, create_graph=True, allow_unused=True

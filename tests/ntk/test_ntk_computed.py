@@ -1,6 +1,7 @@
 """Weights that are computed from parameters, and what a model may do with them."""
 
 from collections.abc import Callable
+from functools import partial
 
 import numpy as np
 import pytest
@@ -9,8 +10,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import ntk
+from ntk import errors
+from tests.ntk.conformance import ROUTES, assert_same, each_route
 from tests.ntk.modules import Apply
-from tests.ntk.oracle import jacobian, kernel
+from tests.ntk.oracle import jacobian, kernel, state_hash
+from tests.ntk.test_ntk_refusals import refused
 
 X = torch.randn(5, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
 
@@ -72,3 +76,66 @@ def test_complex_weights_of_real_parameters(name: str) -> None:
     """As of a Fourier neural operator: the gradient by such a weight takes the conjugate of its input."""
     forward = lambda s, x: s.head(split(COMPLEX[name](s, torch.complex(x, s.first(x)))))
     assert_exact(made(forward, first=nn.Linear(4, 4), w=(4, 3, 2), head=nn.LazyLinear(2)))
+
+
+class Keeps(nn.Module):
+    """Computes its weight once, and keeps it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.w, self.head = nn.Parameter(torch.randn(3, 4)), nn.Linear(3, 2)
+        self.kept: Tensor | None = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.kept is None:
+            self.kept = self.w.tanh()
+        return self.head(F.linear(x, self.kept).tanh())
+
+
+class Lists(Keeps):
+    """Takes its weight from a list."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.double()
+        self.kept = [self.w]
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(F.linear(x, self.kept[0]).tanh())
+
+
+def kept_from_before() -> nn.Module:
+    model = Keeps().double()
+    model(X)
+    return model
+
+
+MEASURES = {
+    **{route: partial(ntk.empirical_ntk, implementation=route) for route in ROUTES},
+    "operator": ntk.NtkOperator,
+    "linearized": lambda model, x: ntk.linearize(model)(x),
+}
+
+
+@pytest.mark.parametrize("measure", MEASURES.values(), ids=MEASURES)
+@pytest.mark.parametrize("make", [kept_from_before, Lists])
+def test_parameters_that_enter_by_another_way_are_not_left_out(make: Callable, measure: Callable) -> None:
+    model = make()
+    before = state_hash(model)
+    with refused(errors.WrappedModelError, "must take its parameters from its modules", "'w'", "clear what is kept"):
+        measure(model, X)
+    assert state_hash(model) == before
+    if measure is MEASURES["structured"]:  # they are no concern of the kernel by others
+        ntk.empirical_ntk(model, X, params=["head.weight"])
+
+
+@each_route
+def test_what_a_model_keeps_of_one_batch_does_not_enter_the_next(route: str) -> None:
+    torch.manual_seed(0)
+    model = Keeps().double()
+    first, second = jacobian(model, X), jacobian(model, X[:3])
+    model.kept = None
+    for memory in (None, 10**6):
+        result = ntk.empirical_ntk(model, X, X[:3], implementation=route, max_memory=memory)
+        assert_same(result, kernel(first, second))
+    assert model.kept is None
