@@ -6,6 +6,7 @@ from contextlib import ExitStack, contextmanager
 from operator import attrgetter
 
 import torch
+from torch.nn.utils import parametrize
 
 from ntk.errors import WrappedModelError
 from ntk.state import preserve_state
@@ -19,7 +20,10 @@ Plain = tuple[torch.nn.Module, tuple[str, ...]]
 
 @contextmanager
 def plain_surroundings(model: torch.nn.Module) -> Generator[None, None, None]:
-    """Switch autocast, inference mode and products of reduced precision (TF32, bfloat16) off inside.
+    """Switch off inside what changes how a model computes, or would keep what it computes.
+
+    That is autocast, inference mode, products of reduced precision (TF32, bfloat16), the cache of parametrized weights,
+    and the fast path of attention, which gives other outputs where a key is masked than the path with derivatives.
 
     Args:
         model: The network, for its devices.
@@ -34,7 +38,30 @@ def plain_surroundings(model: torch.nn.Module) -> Generator[None, None, None]:
             if torch.is_autocast_enabled(kind):
                 stack.enter_context(torch.autocast(kind, enabled=False))
         stack.enter_context(full_precision())
+        stack.enter_context(_parametrizations_afresh())
+        stack.enter_context(_plain_attention())
         yield
+
+
+@contextmanager
+def _parametrizations_afresh() -> Generator[None, None, None]:
+    """Neither use nor fill the cache of `torch.nn.utils.parametrize.cached`: it belongs to the parameters outside."""
+    saved = parametrize._cache_enabled, parametrize._cache
+    parametrize._cache_enabled, parametrize._cache = 0, {}
+    try:
+        yield
+    finally:
+        parametrize._cache_enabled, parametrize._cache = saved
+
+
+@contextmanager
+def _plain_attention() -> Generator[None, None, None]:
+    enabled = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(enabled)
 
 
 @contextmanager

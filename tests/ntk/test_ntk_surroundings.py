@@ -13,6 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 import ntk
 from ntk import errors
+from tests.ntk.modules import Apply
 from tests.ntk.oracle import jacobian, kernel, state_hash
 from tests.ntk.test_ntk_refusals import refused
 
@@ -351,3 +352,34 @@ def test_products_of_reduced_precision_are_off_inside_and_on_again_after(raises:
         assert torch.backends.cuda.matmul.fp32_precision == "tf32"
     finally:
         torch.set_float32_matmul_precision(before)
+
+
+@pytest.mark.parametrize("entry", ENTRIES)
+def test_the_cache_of_parametrized_weights_is_neither_used_nor_filled(entry: str) -> None:
+    model = network()
+    nn.utils.parametrizations.weight_norm(model[0])
+    flat = ENTRIES[entry](model, X)
+    with nn.utils.parametrize.cached():
+        for _ in range(2):
+            assert np.abs(ENTRIES[entry](model, X) - flat).max() < 1e-10 * np.abs(flat).max()
+            model(X).sum().backward(retain_graph=True)
+            assert all(parameter.grad is not None for parameter in model.parameters())
+
+
+def padded() -> nn.Module:
+    """Of each sequence one position is masked, and averaged over like the others."""
+    torch.manual_seed(0)
+    layer = nn.TransformerEncoderLayer(4, 2, 6, batch_first=True)
+    mask = torch.tensor([False, False, True])
+    forward = lambda s, x: s.net(x.reshape(-1, 3, 4), src_key_padding_mask=mask.expand(len(x), 3)).mean(1)
+    return Apply(forward, net=nn.TransformerEncoder(layer, 1)).double().eval()
+
+
+@pytest.mark.parametrize("implementation", ["structured", "jacobian_contraction"])
+def test_the_fast_path_of_attention_gives_other_outputs(implementation: str) -> None:
+    model, x = padded(), torch.randn(5, 12).double()
+    rows = jacobian(model, x)
+    exact = kernel(rows, rows).numpy()
+    found = ntk.empirical_ntk(model, x, implementation=implementation)
+    assert np.abs(found.values - exact).max() < 1e-10 * np.abs(exact).max()
+    assert torch.backends.mha.get_fastpath_enabled()
