@@ -132,7 +132,12 @@ class Capture(TorchFunctionMode):
         """Multi-head attention with its projections recorded, or None; that examples do not meet is to be tested."""
         if not (self.rearrange and self._of_examples(args, kwargs)):
             return None
-        output = attend(lambda *inputs: self._record(F.linear, inputs, {}), *args, **kwargs)
+
+        def project(x: torch.Tensor, *weight: torch.Tensor | None) -> torch.Tensor:
+            self._follow(x)  # where a query is learned, it is still what a weight is applied to
+            return self._record(F.linear, (x, *weight), {})
+
+        output = attend(project, *args, **kwargs)
         self._follow(output)
         self.doubtful = len(self.sites)
         self._nodes_seen = _nodes_made()

@@ -139,3 +139,24 @@ def test_what_a_model_keeps_of_one_batch_does_not_enter_the_next(route: str) -> 
         result = ntk.empirical_ntk(model, X, X[:3], implementation=route, max_memory=memory)
         assert_same(result, kernel(first, second))
     assert model.kept is None
+
+
+QUERIES = {
+    "learned": (lambda s: s.q, {"q"}),
+    "computed": (lambda s: s.q.sin() + s.r, {"q", "r"}),
+    "rows of the weight that it meets": (lambda s: s.a.in_proj_weight[:2], {"a.in_proj_weight"}),
+}
+
+
+@pytest.mark.parametrize("name", QUERIES)
+def test_attention_by_a_query_that_is_no_example(name: str) -> None:
+    """It goes through the Jacobian, and the projections that it meets do not."""
+    query, by_jacobian = QUERIES[name]
+
+    def forward(s: Apply, x: Tensor) -> Tensor:
+        tokens = s.embed(x).unflatten(1, (3, 4))
+        return s.a(query(s).expand(len(x), -1, -1), tokens, tokens)[0].mean(1)
+
+    parts = {"embed": nn.Linear(4, 12), "q": (2, 4), "r": (2, 4)}
+    model = made(forward, a=nn.MultiheadAttention(4, 2, batch_first=True), **parts)
+    assert set(assert_exact(model).by_jacobian) == by_jacobian
