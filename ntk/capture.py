@@ -58,6 +58,7 @@ class Capture(TorchFunctionMode):
         coupled: How many of the first sites lie before a layer that normalizes over the batch.
         doubtful: How many of the first sites lie before a call of which it is not known that it keeps examples apart.
         normalized: Whether there is such a layer, be it the first of the model.
+        differentiated: Parameters that the model differentiates by itself, which must stay connected.
     """
 
     def __init__(self, excluded: set[str], *, rearrange: bool = True) -> None:
@@ -74,6 +75,7 @@ class Capture(TorchFunctionMode):
         self.coupled = 0
         self.doubtful = 0
         self.normalized = False
+        self.differentiated: set[str] = set()
         self._nodes_seen = _nodes_made()
         self._every: dict[int, str] = {}
         self._data: dict[int, weakref.ref] = {}
@@ -108,6 +110,10 @@ class Capture(TorchFunctionMode):
         kwargs = kwargs or {}
         before = len(self.sites)
         self._notice_unseen()
+        if func is torch.autograd.grad:
+            by = kwargs["inputs"] if "inputs" in kwargs else args[1]
+            names = {name for leaf in tree_leaves(by) if (name := self._named(leaf))}
+            self.differentiated |= set().union(*map(self.computed.sources, names))
         if _inside_transform():
             self.doubtful = before
         if not torch.is_grad_enabled() or _inside_transform():
@@ -264,13 +270,14 @@ class Capture(TorchFunctionMode):
         return certain and all(site.shape[:1] == output.shape[:1] for site in self.sites)
 
     def leaks(self, output: torch.Tensor) -> set[str]:
-        """Recorded parameters that must not have been: also used without a rule, or with inputs changed in place.
+        """Recorded parameters that must not have been: also used otherwise, or with inputs changed in place.
 
         Args:
             output: Of the model.
         """
         changed = [site for site in self.sites if any(source._version != version for source, version in site.sources)]
-        return self.recorded & self.connected(output) | self._sources((*changed, *self._bypassed(output)))
+        otherwise = self.connected(output) | self.differentiated
+        return self.recorded & otherwise | self._sources((*changed, *self._bypassed(output)))
 
     def _bypassed(self, output: torch.Tensor) -> list[Site]:
         """Calls whose parameters the output depends on otherwise than through the output of the call."""

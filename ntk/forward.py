@@ -229,7 +229,12 @@ def _run_twice(
         constants = {name: value.detach() for name, value in parameters.items()}
 
         def again(examples: torch.Tensor, moments: Moments | None) -> torch.Tensor:
-            returned = evaluation.outputs(model, examples, constants, moments, argument)
+            try:
+                returned = evaluation.outputs(model, examples, constants, moments, argument)
+            except RuntimeError as error:
+                if "does not require grad" not in str(error):  # as when a model differentiates by its parameters
+                    raise
+                returned = evaluation.outputs(model, examples, parameters, moments, argument)
             return as_rows(returned, len(examples), argument)
 
         apart = capture is not None and moments is None and capture.apart(output)

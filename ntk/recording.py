@@ -69,10 +69,18 @@ def _record(
 ) -> list[Recording]:
     excluded: set[str] = set()
     while True:
-        recordings = []
-        for argument, x in inputs:
-            capture = Capture(excluded, rearrange=rearrange)
-            recordings.append(Recording(run(model, x, names, evaluation, argument, capture), capture))
+        captures = [Capture(excluded, rearrange=rearrange) for _ in inputs]
+        try:
+            recordings = [
+                Recording(run(model, x, names, evaluation, argument, capture), capture)
+                for (argument, x), capture in zip(inputs, captures, strict=True)
+            ]
+        except (RuntimeError, NondeterministicModelError):
+            differentiated = set().union(*(capture.differentiated for capture in captures))
+            if not differentiated:
+                raise
+            excluded = excluded | differentiated
+            continue
         found = [part.capture.recorded for part in recordings]
         leaks = set().union(*(part.capture.leaks(part.batch.output) for part in recordings))
         leaks |= found[0] ^ found[-1]

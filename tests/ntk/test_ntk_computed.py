@@ -160,3 +160,32 @@ def test_attention_by_a_query_that_is_no_example(name: str) -> None:
     parts = {"embed": nn.Linear(4, 12), "q": (2, 4), "r": (2, 4)}
     model = made(forward, a=nn.MultiheadAttention(4, 2, batch_first=True), **parts)
     assert set(assert_exact(model).by_jacobian) == by_jacobian
+
+
+INNER = {
+    "by a parameter": (lambda s: s.w, 0.0),
+    "by a computed weight": (lambda s: s.w.tanh(), 0.0),
+    "by one that is used without a rule, too": (lambda s: s.w, 0.1),
+}
+
+
+@pytest.mark.parametrize("materialize", [False, True])
+@pytest.mark.parametrize("name", INNER)
+@each_route
+def test_a_step_of_gradient_descent_inside_a_model(route: str, name: str, materialize: bool) -> None:
+    """As in meta-learning: the weights that it is taken in stay connected, and no others have to."""
+    weight, without_rule = INNER[name]
+
+    def forward(s: Apply, x: Tensor) -> Tensor:
+        by = weight(s)
+        loss = F.linear(x, by).tanh().square().mean()
+        if without_rule:
+            loss = loss + without_rule * torch.einsum("oi,ni->", by, x)
+        step = torch.autograd.grad(loss, by, create_graph=True, materialize_grads=materialize)
+        return s.head(F.linear(x, by - step[0]).tanh())
+
+    model = made(forward, w=(3, 4), head=nn.Linear(3, 2))
+    rows = jacobian(model, X)
+    result = ntk.empirical_ntk(model, X, implementation=route)
+    assert_same(result, kernel(rows, rows))
+    assert route != "structured" or result.by_jacobian == ("w",)
