@@ -26,16 +26,15 @@ def attend(linear: Linear, *args: object, **kwargs: object) -> tuple[Tensor, Ten
         **kwargs: The same.
 
     Returns:
-        What that returns; None where the projections cannot be taken out: one example without a batch axis, weights of
-        their own for query, key and value, or keys and values that are given.
+        What that returns; None where the projections are not taken out: of one example without a batch axis, or by
+        weights of their own for query, key and value.
     """
     call = _SIGNATURE.bind(*args, **kwargs)
     call.apply_defaults()
     given = call.arguments
     inputs = {name: given[name] for name in ("query", "key", "value")}
-    odd = given["use_separate_proj_weight"] or given["static_k"] is not None or given["static_v"] is not None
     width = given["query"].shape[-1]
-    if odd or given["query"].ndim != 3 or given["out_proj_weight"].shape != (width, width):
+    if given["use_separate_proj_weight"] or given["query"].ndim != 3:
         return None
     project = lambda x, weight, bias: linear(x.transpose(0, 1), weight, bias).transpose(0, 1)
     once = {id(x): x for x in inputs.values()}

@@ -111,8 +111,7 @@ class Capture(TorchFunctionMode):
         before = len(self.sites)
         self._notice_unseen()
         if func is torch.autograd.grad:
-            by = kwargs["inputs"] if "inputs" in kwargs else args[1]
-            names = {name for leaf in tree_leaves(by) if (name := self._named(leaf))}
+            names = {name for leaf in tree_leaves(args[1]) if (name := self._named(leaf))}
             self.differentiated |= set().union(*map(self.computed.sources, names))
         if _inside_transform():
             self.doubtful = before

@@ -259,7 +259,7 @@ def check_exchanged(model: torch.nn.Module, output: torch.Tensor, names: Iterabl
     Raises:
         WrappedModelError: It does depend on one of these.
     """
-    reached = {id(getattr(node, "variable", None)) for node in ancestors(output)} | {id(output)}
+    reached = {id(getattr(node, "variable", None)) for node in ancestors(output)}
     own = dict(model.named_parameters())
     for name in names:
         if id(own[name]) in reached:
