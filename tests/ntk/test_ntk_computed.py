@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import numpy as np
 import pytest
@@ -181,7 +182,7 @@ def test_a_step_of_gradient_descent_inside_a_model(route: str, name: str, materi
         loss = F.linear(x, by).tanh().square().mean()
         if without_rule:
             loss = loss + without_rule * torch.einsum("oi,ni->", by, x)
-        step = torch.autograd.grad(loss, by, create_graph=True, materialize_grads=materialize)
+        step = torch.autograd.grad(outputs=loss, inputs=by, create_graph=True, materialize_grads=materialize)
         return s.head(F.linear(x, by - step[0]).tanh())
 
     model = made(forward, w=(3, 4), head=nn.Linear(3, 2))
@@ -189,3 +190,121 @@ def test_a_step_of_gradient_descent_inside_a_model(route: str, name: str, materi
     result = ntk.empirical_ntk(model, X, implementation=route)
     assert_same(result, kernel(rows, rows))
     assert route != "structured" or result.by_jacobian == ("w",)
+
+
+def test_a_gradient_that_is_not_felt_yet() -> None:
+    """With a gain of zero the outputs do not tell that the gradient is missing, but the derivative by the gain does."""
+
+    def forward(s: Apply, x: Tensor) -> Tensor:
+        h = F.linear(x, s.w).tanh()
+        step = torch.autograd.grad(h.square().sum(), s.w, create_graph=True, materialize_grads=True)
+        return s.head(h) + s.gain * step[0].sum()
+
+    model = made(forward, w=(3, 4), gain=(), head=nn.Linear(3, 2))
+    model.gain.data.zero_()
+    assert_exact(model)
+
+
+class Scale(torch.autograd.Function):
+    """The first argument times the mean of the second, past whoever watches functions."""
+
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor, h: Tensor) -> Tensor:
+        ctx.save_for_backward(weight, h)
+        return torch.from_numpy(weight.detach().numpy() * h.detach().numpy().mean())
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor]:
+        weight, h = ctx.saved_tensors
+        return gradient * h.mean(), ((gradient * weight).sum() / h.numel()).expand_as(h)
+
+
+@pytest.mark.parametrize("of", [lambda s, x: s.first(x), lambda s, x: x], ids=["activations", "examples"])
+def test_a_weight_that_is_made_of_examples_unseen(of: Callable) -> None:
+    forward = lambda s, x: s.head(F.linear(x, Scale.apply(s.w, of(s, x))).tanh())
+    assert_exact(made(forward, first=nn.Linear(4, 4), w=(3, 4), head=nn.Linear(3, 2)))
+
+
+def changed_before(s: Apply, x: Tensor) -> Tensor:
+    weight = s.w * s.w
+    weight.mul_(s.u)
+    weight[0].mul_(2)
+    return torch.tanh(x @ weight) @ s.v
+
+
+def pieces_of_one(s: Apply, x: Tensor) -> Tensor:
+    first, second = s.w.exp().chunk(2)
+    shift, gain = torch.stack([s.u, s.u.sin()]).unbind()
+    return F.linear(x.sin(), second, shift) * F.linear(x, first) * gain
+
+
+def one_of_the_other(s: Apply, x: Tensor) -> Tensor:
+    first = F.normalize(s.w)
+    return torch.tanh(x @ first) @ (first.T @ s.v) * s.v.sum()
+
+
+WITH_RULES = {
+    "changed before": (changed_before, {"w": (4, 3), "u": (3,), "v": (3, 2)}),
+    "pieces of one": (pieces_of_one, {"w": (4, 4), "u": (2,)}),
+    "one of the other": (one_of_the_other, {"w": (4, 3), "v": (4, 2)}),
+}
+
+
+@pytest.mark.parametrize("name", WITH_RULES)
+def test_weights_that_need_no_jacobian(name: str) -> None:
+    forward, shapes = WITH_RULES[name]
+    assert assert_exact(made(forward, **shapes)).by_jacobian == ()
+
+
+def test_a_weight_that_is_added_to_its_own_product() -> None:
+    model = made(lambda s, x: torch.addmm(s.w, x, s.w).tanh(), w=(4, 3))
+    assert assert_exact(model, X[:4]).by_jacobian == ("w",)
+
+
+@pytest.mark.parametrize("heads", [1, 2])
+def test_attention_that_takes_examples_for_positions(heads: int) -> None:
+    """Of which there are as many, so that nothing but its derivatives tells."""
+    forward = lambda s, x: s.head(s.a(*[s.embed(x).unflatten(1, (5, 4))] * 3)[0].mean(1))
+    parts = {"embed": nn.Linear(4, 20), "head": nn.Linear(4, 2)}
+    assert_exact(made(forward, a=nn.MultiheadAttention(4, heads), **parts))
+
+
+def attend(s: Apply, x: Tensor, out: Tensor, **given: Tensor) -> Tensor:
+    tokens = s.embed(x).unflatten(1, (3, 4)).transpose(0, 1)
+    arguments = {"in_proj_weight": s.w, "in_proj_bias": None, "out_proj_weight": out, "out_proj_bias": None}
+    arguments |= {"bias_k": None, "bias_v": None, "add_zero_attn": False, "dropout_p": 0.0, "need_weights": False}
+    call = F.multi_head_attention_forward
+    return call(tokens, tokens, tokens.sin(), embed_dim_to_check=4, num_heads=2, **arguments, **given)[0].mean(0)
+
+
+FUNCTION = {
+    "more outputs than entries": lambda s, x: attend(s, x, s.out),
+    "weights in pieces of one": lambda s, x: attend(s, x, s.w[2:8]),
+    "keys given": lambda s, x: attend(s, x, s.out, static_k=s.key(x).reshape(-1, 3, 2)),
+    "keys and values given": lambda s, x: attend(
+        s, x, s.out, static_k=s.key(x).reshape(-1, 3, 2), static_v=s.key(x).sin().reshape(-1, 3, 2)
+    ),
+}
+
+
+@pytest.mark.parametrize("name", FUNCTION)
+def test_the_function_of_attention(name: str) -> None:
+    parts = {"embed": nn.Linear(4, 12), "key": nn.Linear(4, 12), "w": (12, 4), "out": (6, 4)}
+    assert assert_exact(made(FUNCTION[name], **parts)).by_jacobian == ()
+
+
+class Stops(torch.autograd.Function):
+    """Has no derivative, and says so by None."""
+
+    @staticmethod
+    def forward(ctx: object, weight: Tensor) -> Tensor:
+        return weight.exp()
+
+    @staticmethod
+    def backward(ctx: object, gradient: Tensor) -> None:
+        return None
+
+
+def test_a_weight_without_a_derivative() -> None:
+    model = made(lambda s, x: s.head(F.linear(x, Stops.apply(s.w))), w=(3, 4), head=nn.Linear(3, 2))
+    assert assert_exact(model).by_jacobian == ()

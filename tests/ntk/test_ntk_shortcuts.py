@@ -366,12 +366,20 @@ def spatial_mean_taken_off(weight: Tensor) -> Tensor:
     return weight - weight.mean((-2, -1), keepdim=True)
 
 
+def matrix(weight: Tensor) -> Tensor:
+    """[k, k] for a weight of k entries in a row."""
+    k = weight[0].numel()
+    return torch.arange(k * k, dtype=weight.dtype).sin().reshape(k, k)
+
+
 ROW_WISE = {
     "weight mean": (ntk.center_rows, True),
     "spatial mean": (spatial_mean_taken_off, True),
     "not symmetric": (lambda weight: weight.roll(1, -1) + 0.5 * weight, True),
     "rows mixed": (lambda weight: weight - weight.mean(0), False),
     "rows weighed": (lambda weight: weight * torch.arange(len(weight)).to(weight)[:, None, None, None], False),
+    "rows mixed a little": (lambda weight: weight + 1e-7 * weight.flip(0), False),
+    "by a matrix": (lambda weight: (weight.flatten(1) @ matrix(weight)).reshape(weight.shape), True),
     "of one shape": (lambda weight: weight.reshape(4, 27).reshape(4, 3, 3, 3), False),
 }
 

@@ -354,10 +354,22 @@ def test_products_of_reduced_precision_are_off_inside_and_on_again_after(raises:
         torch.set_float32_matmul_precision(before)
 
 
+def caching(net: nn.Module) -> nn.Module:
+    """A network that computes each weight once for a call."""
+
+    def forward(s: Apply, x: Tensor) -> Tensor:
+        with nn.utils.parametrize.cached():
+            return s.net(x)
+
+    return Apply(forward, net=net)
+
+
+@pytest.mark.parametrize("around", [nn.Sequential, caching])
 @pytest.mark.parametrize("entry", ENTRIES)
-def test_the_cache_of_parametrized_weights_is_neither_used_nor_filled(entry: str) -> None:
-    model = network()
-    nn.utils.parametrizations.weight_norm(model[0])
+def test_the_cache_of_parametrized_weights_is_neither_used_nor_filled(entry: str, around: Callable) -> None:
+    net = network()
+    nn.utils.parametrizations.weight_norm(net[0])
+    model = around(net)
     flat = ENTRIES[entry](model, X)
     with nn.utils.parametrize.cached():
         for _ in range(2):
