@@ -233,7 +233,7 @@ class Capture(TorchFunctionMode):
             output: Of the model.
         """
         reached = ancestors(output)
-        kept = [(number, site) for number, site in enumerate(self.sites) if site.edge.node in reached]
+        kept = [(number, site) for number, site in enumerate(self.sites) if not site.inside.isdisjoint(reached)]
         self.coupled = sum(number < self.coupled for number, _ in kept)
         self.doubtful = sum(number < self.doubtful for number, _ in kept)
         self.sites = [site for _, site in kept]

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 import ntk
 from ntk import errors
 from ntk.analytic import propagate
+from tests.ntk import modules
 from tests.ntk.networks import dense
 from tests.ntk.oracle import jacobian, kernel, least_memory, mlp
 from tests.ntk.test_ntk_refusals import refused
@@ -412,3 +413,11 @@ def test_kernels_of_different_statistics_do_not_add() -> None:
     frozen = ntk.empirical_ntk(model, x, batch_statistics="frozen")
     with refused(errors.ConventionError, "statistics differ", "constant, one batch", "differentiated, one batch"):
         frozen + ntk.empirical_ntk(model, x)
+
+
+def test_a_model_that_differentiates_does_not_lose_what_its_output_passes_by() -> None:
+    """Its calls are reached by their derivatives alone; without batch normalization no statistics enter."""
+    model, x, reference = modules.build("input gradient")
+    plain = ntk.empirical_ntk(model, x)
+    result = ntk.empirical_ntk(model, x, batch_statistics="reference", reference=reference)
+    np.testing.assert_allclose(result.values, plain.values, rtol=0, atol=1e-12)
