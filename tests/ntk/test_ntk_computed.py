@@ -12,6 +12,8 @@ from torch import Tensor, nn
 
 import ntk
 from ntk import errors
+from ntk.forward import Evaluation
+from ntk.recording import record
 from tests.ntk.conformance import ROUTES, assert_same, each_route
 from tests.ntk.modules import Apply
 from tests.ntk.oracle import jacobian, kernel, state_hash
@@ -308,3 +310,13 @@ class Stops(torch.autograd.Function):
 def test_a_weight_without_a_derivative() -> None:
     model = made(lambda s, x: s.head(F.linear(x, Stops.apply(s.w))), w=(3, 4), head=nn.Linear(3, 2))
     assert assert_exact(model).by_jacobian == ()
+
+
+def test_weights_that_are_normalized_as_a_batch_couple_no_examples() -> None:
+    """As weight standardization is written by some, with `torch.nn.functional.batch_norm`."""
+    standardized = lambda weight: F.batch_norm(weight[None], None, None, training=True)[0]
+    forward = lambda s, x: s.head(F.linear(F.linear(x, standardized(s.w)).tanh(), standardized(s.v)))
+    model = made(forward, w=(3, 4), v=(3, 3), head=nn.Linear(3, 2))
+    (part,) = record(model, [("x1", X)], [name for name, _ in model.named_parameters()], Evaluation())
+    assert (part.capture.coupled, part.capture.normalized) == (0, False)
+    assert_exact(model)
