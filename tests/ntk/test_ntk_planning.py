@@ -167,6 +167,7 @@ NOT_DIVISIBLE = {
     "mean without a graph": lambda: Apply(lambda s, x: s.net(x - without_graph(x)), net=mlp(4, 40, 3)),
     "place in the batch": lambda: Apply(lambda s, x: s.net(x + torch.arange(len(x))[:, None]), net=mlp(4, 40, 3)),
     "meeting in derivatives": lambda: Apply(meeting_in_derivatives, net=mlp(4, 40, 3), w=(4, 4)),
+    "number of examples": lambda: Apply(lambda s, x: s.net(x * (24 / len(x))), net=mlp(4, 40, 3)),
     "24 examples or none": lambda: Apply(lambda s, x: s.net(x * {24: 1.0}[len(x)]), net=mlp(4, 40, 3)),
 }
 
