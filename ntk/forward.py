@@ -9,7 +9,7 @@ import torch
 from ntk.capture import Capture, ancestors
 from ntk.errors import CheckpointingError, NondeterministicModelError, StatisticsError, WrappedModelError
 from ntk.outputs import OutputChoice, as_rows, check_output_choice, select_output
-from ntk.state import preserve_state, random_state
+from ntk.state import forget_attributes, random_state
 from ntk.statistics import Moments, Statistics, noting, using
 
 
@@ -193,7 +193,7 @@ def run_batch(
         CheckpointingError: The model recomputes activations without regard to the weights in use.
         StatisticsError: Examples meet although the statistics are not those of the batch.
     """
-    with preserve_state(model):
+    with forget_attributes(model):
         return _run_twice(model, x, set(names), evaluation, argument, capture)
 
 

@@ -7,7 +7,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from ntk.capture import Capture
 from ntk.forward import Batch, Evaluation, cast, module_outputs
-from ntk.state import preserve_state
+from ntk.state import forget_attributes
 
 
 def sketch_batch(
@@ -44,7 +44,7 @@ def sketch_batch(
             parameters[name].requires_grad_(True)
         examples = mode.from_tensor(x)
         capture.watch({name: parameters[name] for name in parameters if name in selected}, [x, examples])
-        with preserve_state(model), capture, module_outputs(model) as sizes:
+        with forget_attributes(model), capture, module_outputs(model) as sizes:
             moments = evaluation.moments(model, x, parameters, parameters)
             returned = evaluation.outputs(model, examples, parameters, moments, argument)
         if not isinstance(returned, torch.Tensor) or returned.shape[:1] != x.shape[:1]:

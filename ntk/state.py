@@ -30,9 +30,7 @@ def preserve_state(model: torch.nn.Module) -> Generator[torch.nn.Module, None, N
     Yields:
         The same model.
     """
-    attributes = [module.__dict__ for module in model.modules()]
-    held = [value for entries in attributes for value in entries.values() if isinstance(value, Container)]
-    containers = [(container, container.copy() if container else ()) for container in (*attributes, *held)]
+    containers = _containers(model)
     tensors = {id(value): (value, value.detach().clone()) for value in _tensors(model)}
     parameters = [(value, value.requires_grad, value.grad) for value in model.parameters()]
     grads = [(grad, grad.detach().clone()) for _, _, grad in parameters if grad is not None]
@@ -57,11 +55,36 @@ def preserve_state(model: torch.nn.Module) -> Generator[torch.nn.Module, None, N
             torch.cuda.set_rng_state_all(cuda_generators)
 
 
+@contextmanager
+def forget_attributes(model: torch.nn.Module) -> Generator[None, None, None]:
+    """Undo what a model notes inside: attributes of its modules, and entries of those that are dicts, lists or sets.
+
+    Args:
+        model: The network.
+
+    Yields:
+        Nothing.
+    """
+    containers = _containers(model)
+    try:
+        yield
+    finally:
+        for container, entries in containers:
+            _restore(container, entries)
+
+
 def random_state() -> tuple:
     """The state of the generators of Python, NumPy and torch on the CPU, to be compared with another."""
     state: Any = np.random.get_state()  # ruff: ignore[numpy-legacy-random]
     of_numpy = tuple(part.tobytes() if isinstance(part, np.ndarray) else part for part in state)
     return random.getstate(), of_numpy, torch.get_rng_state().numpy().tobytes()
+
+
+def _containers(model: torch.nn.Module) -> list[tuple[Container, Container | tuple[()]]]:
+    """Attributes of every module, and those of them that are containers, each with a copy of its entries."""
+    attributes = [module.__dict__ for module in model.modules()]
+    held = [value for entries in attributes for value in entries.values() if isinstance(value, Container)]
+    return [(container, container.copy() if container else ()) for container in (*attributes, *held)]
 
 
 def _restore(container: Container, entries: Container | tuple[()]) -> None:
