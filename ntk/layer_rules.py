@@ -24,15 +24,15 @@ def find_rule(function: Callable) -> Rule | None:
 def _linear(named: Named, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> list[Factor]:
     if input.ndim < 2 or weight.ndim != 2:
         return []
-    m, (q, k) = input.shape[0], weight.shape
+    m, p, (q, k) = input.shape[0], math.prod(input.shape[1:-1]), weight.shape
     factors: list[Factor] = []
     if name := named(weight):
         factors.append(
             Product(
                 name,
-                lambda tokens: input.detach().reshape(m, -1, k).transpose(1, 2).unsqueeze(1),
+                lambda tokens: input.detach().reshape(m, p, k).transpose(1, 2).unsqueeze(1),
                 lambda d: d.reshape(len(d), m, -1, q).transpose(2, 3).unsqueeze(2),
-                (1, k, input.numel() // (m * k), q),
+                (1, k, p, q),
             )
         )
     if bias is not None and bias.shape == (q,) and (bias_name := named(bias)):
@@ -47,13 +47,13 @@ def _matmul(named: Named, input: object, other: object) -> list[Factor]:
         return []
     if named(input):
         return []
-    m, (k, q) = input.shape[0], other.shape
+    m, p, (k, q) = input.shape[0], math.prod(input.shape[1:-1]), other.shape
     return [
         Product(
             name,
-            lambda tokens: input.detach().reshape(m, -1, k).transpose(1, 2).unsqueeze(1),
+            lambda tokens: input.detach().reshape(m, p, k).transpose(1, 2).unsqueeze(1),
             lambda d: d.reshape(len(d), m, -1, q).transpose(2, 3).unsqueeze(2),
-            (1, k, input.numel() // (m * k), q),
+            (1, k, p, q),
             derivative_first=False,
         )
     ]
@@ -160,7 +160,7 @@ def _embedding(
     if name is None or max_norm is not None or scale_grad_by_freq or input.ndim == 0:
         return []
     m, (words, q) = input.shape[0], weight.shape
-    tokens = input.detach().reshape(m, -1)
+    tokens = input.detach().reshape(m, math.prod(input.shape[1:]))
 
     def left(used: Tensor | None) -> Tensor:
         codes = torch.arange(words, device=tokens.device) if used is None else used

@@ -196,6 +196,13 @@ DENSE = {
     "linear on no position": lambda: of_sequence(
         lambda s, x: s.a(x[:, :0]).sum(1) + s.b(x.tanh()).sum(1), a=nn.Linear(3, 2), b=nn.Linear(3, 2)
     ),
+    "linear on no example": lambda: of_vector(
+        lambda s, x: s.a(x) + s.a(x[x[:, 0] > 100]).sum() + s.b(x[:0]).sum(), a=nn.Linear(4, 3), b=nn.Linear(4, 3)
+    ),
+    "linear on no feature": lambda: of_vector(
+        lambda s, x: (F.linear(x[:, :0], s.w, s.b) + x[:, :2]).tanh(), w=(2, 0), b=(2,)
+    ),
+    "matrix product on no example": lambda: of_vector(lambda s, x: (x @ s.w).tanh() + (x[:0] @ s.w).sum(), w=(4, 3)),
     "linear with one bias": lambda: of_vector(lambda s, x: F.linear(x, s.w, s.b), w=(3, 4), b=(1,)),
     "linear with a vector": lambda: of_sequence(lambda s, x: F.linear(x, s.w), w=(3,)),
     "linear of a parameter": lambda: of_vector(lambda s, x: x @ s.a(s.p), a=nn.Linear(4, 3), p=(4, 4)),
@@ -359,6 +366,9 @@ OTHERS = {
     "position embedding without batch axis": lambda: of_sequence(lambda s, x: (x * s.p).sin().mean(1), p=(4, 3)),
     "embedding": lambda: of_tokens(lambda s, x: s.e(x).tanh().mean(1), e=nn.Embedding(7, 3)),
     "embedding of one token": lambda: of_tokens(lambda s, x: s.e(x[:, 0]).tanh(), e=nn.Embedding(7, 3)),
+    "embedding of no token": lambda: of_tokens(
+        lambda s, x: s.e(x).tanh().mean(1) + s.e(x[x > 9]).sum(), e=nn.Embedding(7, 3)
+    ),
     "embedding called twice": lambda: of_tokens(lambda s, x: (s.e(x) * s.e(4 - x)).sum(1), e=nn.Embedding(5, 3)),
     "embedding with padding": lambda: (
         nn.Sequential(nn.Embedding(5, 3, padding_idx=-2), nn.Flatten(), nn.Tanh(), nn.LazyLinear(2)),
