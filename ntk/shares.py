@@ -59,6 +59,11 @@ class Share:
             self.total_sizes(side)[0] == self.total_sizes(side)[2] == 1 for side in range(len(self.uses))
         )
 
+    @property
+    def projects_derivatives(self) -> bool:
+        """Whether a projection acts on the side of the derivatives."""
+        return self.projection is not None and self.factored and not self._first.derivative_first
+
     def tokens_used(self) -> Tensor | None:
         """The tokens that an embedding meets in either batch."""
         factors = [factor for uses in self.uses for _, factor in uses if isinstance(factor, Product)]
@@ -215,11 +220,12 @@ def bias_shares(shares: Sequence[Share], plan: Contraction) -> dict[str, str]:
         plan: Groups and projections.
     """
     calls = {share.name: [[number for number, _ in uses] for uses in share.uses] for share in shares}
+    turned = {share.name for share in shares if share.projects_derivatives}  # whose derivatives' side is another
     found = {}
     for share in shares:
         weights = {factor.bias_of for uses in share.uses for _, factor in uses if isinstance(factor, Written)}
         weight = weights.pop() if len(weights) == 1 else None
-        if weight not in calls or share.projection is not None or calls[weight] != calls[share.name]:
+        if weight not in calls or weight in turned or share.projection is not None or calls[weight] != calls[share.name]:
             continue
         if plan.groups[weight] == plan.groups[share.name]:
             found[weight] = share.name

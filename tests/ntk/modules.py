@@ -237,6 +237,9 @@ DENSE = {
     "weight on the left": lambda: of_vector(lambda s, x: torch.tanh(s.w @ x.T).T, w=(3, 4)),
     "weight by einsum": lambda: of_sequence(lambda s, x: torch.einsum("nti,oi->no", x, s.w).tanh(), w=(2, 3)),
     "addmm": lambda: of_vector(lambda s, x: torch.addmm(s.b, x, s.w).tanh(), w=(4, 3), b=(3,)),
+    "addmm of many": lambda: of_vector(
+        lambda s, x: torch.addmm(s.b, x, s.w).tanh() @ s.v, w=(4, 60), b=(60,), v=(60, 2)
+    ),
     "baddbmm": lambda: of_sequence(
         lambda s, x: torch.baddbmm(s.b, x, s.w.expand(len(x), -1, -1)).tanh().sum(1), w=(3, 2), b=(1, 1, 2)
     ),
