@@ -63,7 +63,7 @@ def resolve_projection(
                 raise UnknownNameError("projection", name, parameters)
         chosen = dict(projection)
     else:
-        chosen = {name: projection for name, value in parameters.items() if value.ndim >= 2}
+        chosen = {name: projection for name, value in parameters.items() if value.ndim >= 2 and value.numel()}
     for name, function in chosen.items():
         if not callable(function):
             raise TypeError(
