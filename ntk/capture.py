@@ -30,6 +30,9 @@ from ntk.layer_rules import find_rule
 _OF_LAYOUT = {torch.Tensor.view, torch.Tensor.view_as, torch.Tensor.as_strided, torch.as_strided}
 """Functions that see in what order the entries of a tensor lie."""
 
+_GRAPH_OF: Callable = torch.Tensor.grad_fn.__get__
+"""How a model reaches nodes of the graph, whose hooks may change derivatives anywhere before them."""
+
 
 @dataclass(frozen=True, eq=False)
 class Site:
@@ -76,9 +79,11 @@ class Capture(TorchFunctionMode):
         self.doubtful = 0
         self.normalized = False
         self.differentiated: set[str] = set()
+        self._within_reach: tuple[Site, ...] = ()
         self._nodes_seen = _nodes_made()
         self._every: dict[int, str] = {}
         self._data: dict[int, weakref.ref] = {}
+        self._viewed: dict[int, weakref.ref] = {}
         self._names: dict[int, str] = {}
         self.parameters: dict[str, torch.Tensor] = {}
         self.computed = ComputedWeights({})
@@ -113,8 +118,10 @@ class Capture(TorchFunctionMode):
         if func is torch.autograd.grad:
             names = {name for leaf in tree_leaves(args[1]) if (name := self._named(leaf))}
             self.differentiated |= set().union(*map(self.computed.sources, names))
-        if _inside_transform():
+        if _inside_transform() or func is torch.Tensor.register_hook or func == _GRAPH_OF:
             self.doubtful = before
+        if func == _GRAPH_OF:
+            self._within_reach = tuple(self.sites)
         if not torch.is_grad_enabled() or _inside_transform():
             output = func(*args, **kwargs)
             self._nodes_seen = _nodes_made()
@@ -129,7 +136,10 @@ class Capture(TorchFunctionMode):
             return output
         if normalizes_over_batch(func, args, kwargs):
             self.coupled, self.normalized = before, True
-        elif not keeps_examples_apart(func, args, kwargs, output) and _may_carry_gradients(output):
+        elif not keeps_examples_apart(func, args, kwargs, output):
+            self._viewed |= {id(leaf._base): weakref.ref(leaf._base) for leaf in _tensors(output) if leaf._is_view()}
+            self.doubtful = before if _may_carry_gradients(output) else self.doubtful
+        elif self._holds(self._viewed, output) and any(output is leaf for leaf in args):  # its views change with it
             self.doubtful = before
         return output
 
@@ -204,13 +214,16 @@ class Capture(TorchFunctionMode):
     def _follow(self, made: object, *sources: object) -> None:
         """Note that tensors are made of examples, if any of their sources is."""
         if not sources or any(self._of_data(leaf) for leaf in tree_leaves(sources)):
-            for leaf in tree_leaves(made):
-                if isinstance(leaf, torch.Tensor):
-                    self._data[id(leaf)] = weakref.ref(leaf)
+            self._data |= {id(leaf): weakref.ref(leaf) for leaf in _tensors(made)}
 
     def _of_data(self, value: object) -> bool:
-        known = self._data.get(id(value))
-        return known is not None and known() is value
+        return self._holds(self._data, value)
+
+    @staticmethod
+    def _holds(known: Mapping[int, weakref.ref], value: object) -> bool:
+        """Whether a tensor is among those known, and not another one in the place of one that is gone."""
+        found = known.get(id(value))
+        return found is not None and found() is value
 
     def _named(self, value: object) -> str | None:
         """The name of a parameter, or one for a weight computed from parameters."""
@@ -269,14 +282,17 @@ class Capture(TorchFunctionMode):
         return certain and all(site.shape[:1] == output.shape[:1] for site in self.sites)
 
     def leaks(self, output: torch.Tensor) -> set[str]:
-        """Recorded parameters that must not have been: also used otherwise, or with inputs changed in place.
+        """Recorded parameters that must not have been.
+
+        They are also used otherwise, or with inputs changed in place, or the model may have hooks on the graph.
 
         Args:
             output: Of the model.
         """
         changed = [site for site in self.sites if any(source._version != version for source, version in site.sources)]
         otherwise = self.connected(output) | self.differentiated
-        return self.recorded & otherwise | self._sources((*changed, *self._bypassed(output)))
+        misused = self._sources((*changed, *self._within_reach, *self._bypassed(output)))
+        return self.recorded & otherwise | misused
 
     def _bypassed(self, output: torch.Tensor) -> list[Site]:
         """Calls whose parameters the output depends on otherwise than through the output of the call."""
@@ -287,6 +303,10 @@ class Capture(TorchFunctionMode):
             for parent, _ in node.next_functions
             if parent in homes and parent != homes[parent].edge.node and homes.get(node) is not homes[parent]
         ]
+
+
+def _tensors(values: object) -> list[torch.Tensor]:
+    return [leaf for leaf in tree_leaves(values) if isinstance(leaf, torch.Tensor)]
 
 
 def _may_carry_gradients(output: object) -> bool:

@@ -225,7 +225,12 @@ def bias_shares(shares: Sequence[Share], plan: Contraction) -> dict[str, str]:
     for share in shares:
         weights = {factor.bias_of for uses in share.uses for _, factor in uses if isinstance(factor, Written)}
         weight = weights.pop() if len(weights) == 1 else None
-        if weight not in calls or weight in turned or share.projection is not None or calls[weight] != calls[share.name]:
+        if (
+            weight not in calls
+            or weight in turned
+            or share.projection is not None
+            or calls[weight] != calls[share.name]
+        ):
             continue
         if plan.groups[weight] == plan.groups[share.name]:
             found[weight] = share.name

@@ -4,12 +4,14 @@ That its kernel is right is what tests/ntk/test_ntk_conformance.py shows, of eve
 """
 
 import math
+from collections.abc import Callable
 from functools import partial
 
 import numpy as np
 import pytest
 import torch
-from torch import nn
+import torch.nn.functional as F
+from torch import Tensor, nn
 
 import ntk
 from ntk import blocks, examples_apart, structured
@@ -173,6 +175,56 @@ def test_what_lies_before_batch_statistics_is_not_put_to_the_test() -> None:
         model, x, _ = build(name)
         (part,) = record(model, [("x1", x)], [key for key, _ in model.named_parameters()], Evaluation())
         assert part.capture.coupled == before
+
+
+def less_its_mean(gradient: Tensor) -> Tensor:
+    return gradient - gradient.mean(0)
+
+
+def hook(s: Apply, h: Tensor) -> Tensor:
+    if h.requires_grad:
+        h.register_hook(less_its_mean)
+    return s.b(h)
+
+
+def hook_on_the_graph(s: Apply, h: Tensor) -> Tensor:
+    if h.requires_grad:
+        h.grad_fn.register_prehook(lambda gradients: (less_its_mean(gradients[0]),))
+    return s.b(h)
+
+
+def base_of_a_view(s: Apply, h: Tensor) -> Tensor:
+    """Five examples of five features."""
+    turned = h.T
+    h.mul_(s.c(h.clone()))
+    return s.b(turned)
+
+
+@pytest.mark.parametrize("function", [hook, hook_on_the_graph, base_of_a_view])
+@pytest.mark.parametrize("activation", [torch.sin, torch.clone])
+def test_examples_that_meet_behind_the_back_of_autograd(function: Callable, activation: Callable) -> None:
+    torch.manual_seed(0)
+    layers = {"a": nn.Linear(4, 5), "b": nn.Linear(5, 3), "c": nn.Linear(5, 5)}
+    model, x = Apply(lambda s, x: function(s, activation(s.a(x))), **layers).double(), torch.randn(5, 4).double()
+    rows = jacobian(model, x)
+    assert_same(ntk.empirical_ntk(model, x), kernel(rows, rows))
+
+
+@pytest.mark.parametrize("name", ["register_prehook", "register_hook"])
+def test_hooks_on_the_node_of_a_layer(name: str) -> None:
+    """They run after the derivative by the output of the layer has been taken."""
+
+    def forward(s: Apply, x: Tensor) -> Tensor:
+        h = s.a(x)
+        if h.requires_grad:
+            getattr(h.grad_fn, name)(
+                lambda gradients, *_: tuple(part if part is None else 2 * part for part in gradients)
+            )
+        return s.b(h.tanh())
+
+    model, x = Apply(forward, a=nn.Linear(4, 5, bias=False), b=nn.Linear(5, 3)).double(), torch.randn(5, 4).double()
+    rows = jacobian(model, x)
+    assert_same(ntk.empirical_ntk(model, x), kernel(rows, rows))
 
 
 def test_weak_coupling_is_seen() -> None:
