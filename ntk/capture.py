@@ -145,7 +145,7 @@ class Capture(TorchFunctionMode):
 
     def _attend(self, args: Sequence, kwargs: dict) -> tuple[torch.Tensor, torch.Tensor | None] | None:
         """Multi-head attention with its projections recorded, or None; that examples do not meet is to be tested."""
-        if not (self.rearrange and self._of_examples(args, kwargs)):
+        if not (self.rearrange and self._of_examples(args, kwargs)) or _recomputed():
             return None
 
         def project(x: torch.Tensor, *weight: torch.Tensor | None) -> torch.Tensor:
@@ -192,7 +192,7 @@ class Capture(TorchFunctionMode):
             return output
         if output._is_view():  # an in-place operation on a view would reroute the graph around it
             output = output.clone()
-        versions = tuple((source, source._version) for source in sources)
+        versions = tuple((source, source._version) for source in sources if not source.is_inference())
         edge = get_gradient_edge(output)
         inputs = [source for source in sources if source.requires_grad and id(source) not in aliases]
         inside = frozenset(_nodes(edge.node, {get_gradient_edge(source).node for source in inputs}))
@@ -201,7 +201,7 @@ class Capture(TorchFunctionMode):
 
     def _run(self, func: Callable, args: Sequence, kwargs: dict, aliases: Iterable[torch.Tensor]) -> Any:
         """Run one function, a convolution in its faster form unless its weight or bias must be differentiated by."""
-        if not self.rearrange:
+        if not self.rearrange or _recomputed():
             return func(*args, **kwargs)
         known = {id(alias) for alias in aliases}
         rest = [leaf for leaf in (*args[1:], *kwargs.values()) if isinstance(leaf, torch.Tensor)]
@@ -318,6 +318,11 @@ def _may_carry_gradients(output: object) -> bool:
 def _nodes_made() -> int:
     """Nodes of autograd graphs that this thread has made so far."""
     return torch.autograd._get_sequence_nr()
+
+
+def _recomputed() -> bool:
+    """Whether the backward pass will run the model's own calls again, as `torch.utils.checkpoint` has it."""
+    return torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
 
 
 def _inside_transform() -> bool:

@@ -119,12 +119,12 @@ _BATCH_NORMS = {
 }
 
 _OPERATORS = [
-    *(f"__{prefix}{name}__" for name in ("add", "sub", "mul", "truediv") for prefix in ("", "r", "i")),
-    *(f"{name}{suffix}" for name in ("add", "sub", "mul", "div") for suffix in ("", "_")),
+    *(f"__{prefix}{name}__" for name in ("add", "sub", "mul", "truediv", "pow") for prefix in ("", "r", "i")),
+    *(f"{name}{suffix}" for name in ("add", "sub", "mul", "div", "pow") for suffix in ("", "_")),
     "maximum",
     "minimum",
 ]
-_UNARY = ["abs", "clamp", "clamp_min", "clone", "contiguous", "cos", "detach", "erf", "exp", "neg", "pow", "__pow__"]
+_UNARY = ["abs", "clamp", "clamp_min", "clone", "contiguous", "cos", "detach", "erf", "exp", "neg"]
 _UNARY += ["relu", "relu_", "sigmoid", "sigmoid_", "sin", "sqrt", "square", "tanh", "tanh_"]
 _RESHAPING = ["view", "reshape", "flatten", "unflatten"]
 _ACTIVATIONS = ["celu", "dropout", "elu", "elu_", "gelu", "hardsigmoid", "hardswish", "hardtanh", "leaky_relu"]

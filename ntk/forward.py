@@ -234,7 +234,8 @@ def _run_twice(
             except RuntimeError as error:
                 if "does not require grad" not in str(error):  # as when a model differentiates by its parameters
                     raise
-                returned = evaluation.outputs(model, examples, parameters, moments, argument)
+                leaves = {name: value.clone().requires_grad_(name in selected) for name, value in constants.items()}
+                returned = evaluation.outputs(model, examples, leaves, moments, argument)
             return as_rows(returned, len(examples), argument)
 
         apart = capture is not None and moments is None and capture.apart(output)

@@ -12,6 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 import ntk
 from ntk import blocks, examples_apart, structured
@@ -241,6 +242,54 @@ def test_a_rule_that_serves_one_batch_only() -> None:
     result = ntk.empirical_ntk(model, x, -x, implementation="structured")
     assert result.by_jacobian == ("a.weight",)
     assert_same(result, kernel(jacobian(model, x), jacobian(model, -x)))
+
+
+RECOMPUTED = {
+    "convolution": (nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Conv2d(4, 4, 2), nn.Flatten()), (3, 5, 5)),
+    "attention": (nn.Sequential(nn.TransformerEncoderLayer(4, 2, 6, 0.0, batch_first=True), nn.Flatten()), (4, 4)),
+}
+
+
+@pytest.mark.parametrize("name", RECOMPUTED)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_layers_whose_activations_are_computed_again(name: str, dtype: torch.dtype) -> None:
+    """What is arranged otherwise for speed is then not what the backward pass finds."""
+    torch.manual_seed(0)
+    inner, shape = RECOMPUTED[name]
+    model = Apply(lambda s, x: s.b(checkpoint(s.a, x, use_reentrant=False)), a=inner, b=nn.Linear(16, 2)).double()
+    x = torch.randn(5, *shape).double()
+    rows = jacobian(model, x)
+    model.to(dtype)
+    exact = dtype == torch.float64
+    for params in (None, ["b.weight"]):
+        own = rows if params is None else {name: rows[name] for name in params}
+        assert_same(ntk.empirical_ntk(model, x.to(dtype), params=params), kernel(own, own), 1e-10 if exact else 1e-4)
+
+
+def minus_a_step(s: Apply, x: Tensor) -> Tensor:
+    """A network adapted to its batch, as in meta-learning."""
+    loss = (s.a(x).tanh() - 1).square().sum()
+    (gradient,) = torch.autograd.grad(loss, s.a.weight, create_graph=True, allow_unused=True)
+    return F.linear(x, s.a.weight - 0.1 * gradient, s.a.bias).tanh()
+
+
+def features_without_versions(s: Apply, x: Tensor) -> Tensor:
+    with torch.inference_mode():
+        features = x.sin()
+    return s.a((features + s.p).tanh())
+
+
+@pytest.mark.parametrize(
+    "forward", [features_without_versions, lambda s, x: s.a(torch.pow(2.0, s.b(x)) + s.p), minus_a_step]
+)
+def test_ways_to_write_a_forward_pass(forward: Callable[[Apply, Tensor], Tensor]) -> None:
+    torch.manual_seed(0)
+    model = Apply(forward, a=nn.Linear(4, 2), b=nn.Linear(4, 4), p=(4,)).double()
+    x1, x2 = torch.randn(5, 4).double(), torch.randn(3, 4).double()
+    first, second = jacobian(model, x1), jacobian(model, x2)
+    assert_same(ntk.empirical_ntk(model, x1), kernel(first, first))
+    assert_same(ntk.empirical_ntk(model, x1, x2), kernel(first, second))
+    assert_same(ntk.empirical_ntk(model, x1, implementation="jacobian_contraction"), kernel(first, first))
 
 
 def test_a_detached_output_depends_on_nothing() -> None:
