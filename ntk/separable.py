@@ -37,7 +37,7 @@ def _factors(derivatives: Tensor) -> tuple[Tensor, Tensor] | None:
     allowed = ROUNDING * torch.finfo(derivatives.dtype).eps * largest.amax(0)
     for unit in range(u):
         rest = torch.addcmul(derivatives[unit], factors[unit].unsqueeze(-1), values, value=-1)
-        if bool((torch.linalg.vector_norm(rest, torch.inf, dim=(0, 3)) > allowed).any()):
+        if not bool((torch.linalg.vector_norm(rest, torch.inf, dim=(0, 3)) <= allowed).all()):
             return None
     return factors, values
 
@@ -69,6 +69,6 @@ class Multiples:
         allowed = ROUNDING * torch.finfo(derivatives.dtype).eps * at_place.abs().squeeze(0)
         for examples in (slice(1), slice(None)):
             rest = torch.addcmul(derivatives[examples], factors, self.reference[examples], value=-1)
-            if bool((rest.abs_().amax(0) > allowed).any()):
+            if not bool((rest.abs_().amax(0) <= allowed).all()):  # nor if a factor overflows
                 return None
         return factors.squeeze(0)

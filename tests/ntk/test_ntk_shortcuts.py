@@ -137,6 +137,8 @@ def test_multiples_of_the_first_output(example: int) -> None:
     other[example, 0] *= 1 + 1e-12
     assert multiples.factors(other) is None
     assert Multiples(reference).factors(torch.ones(5, 3).double()) is None
+    reference = torch.tensor([[0.0], [1e-310]], dtype=torch.float64)  # by which others overflow
+    assert Multiples(reference).factors(torch.tensor([[0.0], [1.0]]).double()) is None
 
 
 def unlike_heads(model: Apply, x: Tensor) -> Tensor:
