@@ -158,23 +158,30 @@ def _may_be_cut(model: torch.nn.Module, inputs: Inputs, tiling: Tiling, evaluati
 
 
 def _alike_in_tiles(model: torch.nn.Module, x: Tensor, size: int, evaluation: Evaluation, argument: str) -> bool:
-    """Whether outputs are the same in a tile and in half of it: examples may meet without derivatives, too."""
+    """Whether outputs are the same in tiles of one more example: examples may meet without derivatives, too."""
     if len(x) <= size:
         return True
-    size = max(size, 2)
-    half = slice((size + 1) // 2, size)
-    outputs = []
-    with torch.enable_grad():  # a model may differentiate inside its forward pass
-        for tile in (x[:size], x[half]):
-            parameters = {name: cast(p.detach(), evaluation.dtype).clone() for name, p in model.named_parameters()}
-            try:
-                moments = evaluation.moments(model, tile, parameters, parameters)
-                returned = evaluation.outputs(model, tile, parameters, moments, argument)
-                outputs.append(as_rows(returned, len(tile), argument))
-            except Exception:  # it does not take so few, and may say so in any way
-                return False
-    difference, _, allowed = compare(outputs[1], outputs[0][half])
+    try:
+        outputs = [
+            torch.cat([_rows_of(model, x, start, length, evaluation, argument) for start in range(0, len(x), length)])
+            for length in (size, size + 1)
+        ]
+    except Exception:  # it does not take so few, and may say so in any way
+        return False
+    difference, _, allowed = compare(*outputs)
     return difference <= allowed
+
+
+def _rows_of(
+    model: torch.nn.Module, x: Tensor, start: int, length: int, evaluation: Evaluation, argument: str
+) -> Tensor:
+    """Outputs of one tile of examples."""
+    tile = x[start : start + length]
+    parameters = {name: cast(p.detach(), evaluation.dtype).clone() for name, p in model.named_parameters()}
+    with torch.enable_grad():  # a model may differentiate inside its forward pass
+        moments = evaluation.moments(model, tile, parameters, parameters)
+        returned = evaluation.outputs(model, tile, parameters, moments, argument)
+    return as_rows(returned, len(tile), argument).detach()
 
 
 def _tile_pairs(counts: tuple[int, int], size: int, *, symmetric: bool) -> Iterator[tuple[slice, slice]]:

@@ -168,6 +168,8 @@ NOT_DIVISIBLE = {
     "place in the batch": lambda: Apply(lambda s, x: s.net(x + torch.arange(len(x))[:, None]), net=mlp(4, 40, 3)),
     "meeting in derivatives": lambda: Apply(meeting_in_derivatives, net=mlp(4, 40, 3), w=(4, 4)),
     "number of examples": lambda: Apply(lambda s, x: s.net(x * (24 / len(x))), net=mlp(4, 40, 3)),
+    "share of each example": lambda: Apply(lambda s, x: s.net(x / len(x)), net=mlp(4, 40, 3)),
+    "largest of all": lambda: Apply(lambda s, x: s.net(x / x.square().sum(1).max()), net=mlp(4, 40, 3)),
     "24 examples or none": lambda: Apply(lambda s, x: s.net(x * {24: 1.0}[len(x)]), net=mlp(4, 40, 3)),
 }
 
@@ -176,6 +178,7 @@ NOT_DIVISIBLE = {
 def test_examples_that_meet_without_derivatives_are_not_tiled(name: str) -> None:
     torch.manual_seed(0)
     model, x = NOT_DIVISIBLE[name]().double(), torch.randn(24, 4, dtype=torch.float64)
+    x[7] *= 10  # in the middle of a tile
     whole = ntk.empirical_ntk(model, x, reduce="trace").values
     result = ntk.empirical_ntk(model, x, reduce="trace", max_memory=40_000)
     np.testing.assert_allclose(result.values, whole, rtol=0, atol=1e-10 * np.abs(whole).max())
