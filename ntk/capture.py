@@ -8,10 +8,12 @@ the tensor, not the edge. A model that differentiates inside its forward pass re
 are taken for parameters (ntk/computed.py); that no examples enter them is seen by following what is made of examples.
 """
 
+import sys
 import weakref
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from traceback import walk_stack
 from typing import Any, Self
 
 import torch
@@ -30,8 +32,8 @@ from ntk.layer_rules import find_rule
 _OF_LAYOUT = {torch.Tensor.view, torch.Tensor.view_as, torch.Tensor.as_strided, torch.as_strided}
 """Functions that see in what order the entries of a tensor lie."""
 
-_GRAPH_OF: Callable = torch.Tensor.grad_fn.__get__
-"""How a model reaches nodes of the graph, whose hooks may change derivatives anywhere before them."""
+_HOOKED: set[Callable] = {torch.Tensor.register_hook, vars(torch._C.TensorBase)["grad_fn"].__get__}
+"""How a model reaches tensors and nodes of the graph, whose hooks may change derivatives."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -118,10 +120,11 @@ class Capture(TorchFunctionMode):
         if func is torch.autograd.grad:
             names = {name for leaf in tree_leaves(args[1]) if (name := self._named(leaf))}
             self.differentiated |= set().union(*map(self.computed.sources, names))
-        if _inside_transform() or func is torch.Tensor.register_hook or func == _GRAPH_OF:
+        if _inside_transform():
             self.doubtful = before
-        if func == _GRAPH_OF:
-            self._within_reach = tuple(self.sites)
+        if func in _HOOKED and not _called_by_torch():
+            self.doubtful = before
+            self._within_reach = self._within_reach if func is torch.Tensor.register_hook else tuple(self.sites)
         if not torch.is_grad_enabled() or _inside_transform():
             output = func(*args, **kwargs)
             self._nodes_seen = _nodes_made()
@@ -323,6 +326,12 @@ def _nodes_made() -> int:
 def _recomputed() -> bool:
     """Whether the backward pass will run the model's own calls again, as `torch.utils.checkpoint` has it."""
     return torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
+
+
+def _called_by_torch() -> bool:
+    """Whether it is no model that calls the method under watch, but a tool of torch, such as a flop counter."""
+    callers = (frame.f_globals.get("__name__", "") for frame, _ in walk_stack(sys._getframe(2)))
+    return next(name for name in callers if name not in ("torch.overrides", "torch._tensor")).startswith("torch.")
 
 
 def _inside_transform() -> bool:
