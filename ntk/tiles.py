@@ -158,13 +158,13 @@ def _may_be_cut(model: torch.nn.Module, inputs: Inputs, tiling: Tiling, evaluati
 
 
 def _alike_in_tiles(model: torch.nn.Module, x: Tensor, size: int, evaluation: Evaluation, argument: str) -> bool:
-    """Whether outputs are the same in tiles of one more example: examples may meet without derivatives, too."""
+    """Whether outputs are the same in tiles of more than twice the size: examples may meet without derivatives, too."""
     if len(x) <= size:
         return True
     try:
         outputs = [
             torch.cat([_rows_of(model, x, start, length, evaluation, argument) for start in range(0, len(x), length)])
-            for length in (size, size + 1)
+            for length in (size, 2 * size + 1)
         ]
     except Exception:  # it does not take so few, and may say so in any way
         return False
