@@ -5,7 +5,8 @@ The values differ from those of the model's own layout by rounding.
 """
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from operator import index
+from typing import Any, SupportsIndex
 
 import torch
 import torch.nn.functional as F
@@ -53,7 +54,7 @@ def per_axis(value: int | Sequence[int], axes: int) -> tuple[int, ...]:
         value: A number, a sequence of one, or of one for each axis.
         axes: How many there are.
     """
-    values = (value,) if isinstance(value, int) else tuple(value)
+    values = (index(value),) if isinstance(value, SupportsIndex) else tuple(value)  # of NumPy, too
     return values * axes if len(values) == 1 else values
 
 

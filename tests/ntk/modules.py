@@ -5,6 +5,7 @@ An entry makes a module that returns [n, o] for a batch of n, and says what one 
 
 from collections.abc import Callable, Sequence
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -148,6 +149,14 @@ CONVOLUTIONS = {
     "conv1d valid": lambda: signal(nn.Conv1d(4, 2, 2, padding="valid")),
     "conv2d": lambda: image(nn.Conv2d(4, 3, 3)),
     "conv2d 1x1": lambda: image(nn.Conv2d(4, 6, 1)),
+    "conv2d with steps of NumPy": lambda: (
+        Apply(
+            lambda s, x: s.b(F.conv2d(x, s.w, None, np.int64(2), (np.int64(1), 0)).tanh()),
+            w=(2, 4, 3, 3),
+            b=nn.Flatten(),
+        ),
+        (4, 5, 5),
+    ),
     "conv2d anisotropic": lambda: image(nn.Conv2d(4, 3, (3, 2), stride=(1, 2), padding=(2, 0), dilation=(2, 1))),
     "conv2d groups": lambda: image(nn.Conv2d(4, 6, 3, padding=1, groups=2)),
     "conv2d depthwise": lambda: image(nn.Conv2d(4, 8, 3, groups=4, bias=False), nn.Conv2d(8, 3, 1)),
