@@ -36,6 +36,23 @@ _HOOKED: set[Callable] = {torch.Tensor.register_hook, vars(torch._C.TensorBase)[
 """How a model reaches tensors and nodes of the graph, whose hooks may change derivatives."""
 
 
+class GradientInsideError(Exception):
+    """A model differentiates by parameters, and must be given these themselves, and not aliases.
+
+    Attributes:
+        names: Of the parameters.
+    """
+
+    def __init__(self, names: frozenset[str]) -> None:
+        """Name the parameters.
+
+        Args:
+            names: Of the parameters.
+        """
+        self.names = names
+        super().__init__(f"the model differentiates by {sorted(names)}")
+
+
 @dataclass(frozen=True, eq=False)
 class Site:
     """One call that uses parameters.
@@ -63,7 +80,6 @@ class Capture(TorchFunctionMode):
         coupled: How many of the first sites lie before a layer that normalizes over the batch.
         doubtful: How many of the first sites lie before a call of which it is not known that it keeps examples apart.
         normalized: Whether there is such a layer, be it the first of the model.
-        differentiated: Parameters that the model differentiates by itself, which must stay connected.
     """
 
     def __init__(self, excluded: set[str], *, rearrange: bool = True) -> None:
@@ -80,7 +96,6 @@ class Capture(TorchFunctionMode):
         self.coupled = 0
         self.doubtful = 0
         self.normalized = False
-        self.differentiated: set[str] = set()
         self._within_reach: tuple[Site, ...] = ()
         self._nodes_seen = _nodes_made()
         self._every: dict[int, str] = {}
@@ -113,13 +128,17 @@ class Capture(TorchFunctionMode):
             types: Not used.
             args: Its positional arguments.
             kwargs: Its named arguments.
+
+        Raises:
+            GradientInsideError: It differentiates by a parameter that is not excluded.
         """
         kwargs = kwargs or {}
         before = len(self.sites)
         self._notice_unseen()
         if func is torch.autograd.grad:
-            names = {name for leaf in tree_leaves(args[1]) if (name := self._named(leaf))}
-            self.differentiated |= set().union(*map(self.computed.sources, names))
+            names = [name for leaf in tree_leaves(args[1]) if (name := self._named(leaf))]
+            if names:
+                raise GradientInsideError(frozenset().union(*map(self.computed.sources, names)))
         if _inside_transform():
             self.doubtful = before
         if func in _HOOKED and not _called_by_torch():
@@ -287,15 +306,14 @@ class Capture(TorchFunctionMode):
     def leaks(self, output: torch.Tensor) -> set[str]:
         """Recorded parameters that must not have been.
 
-        They are also used otherwise, or with inputs changed in place, or the model may have hooks on the graph.
+        They are also used without a rule, or with inputs changed in place, or the model may have hooks on the graph.
 
         Args:
             output: Of the model.
         """
         changed = [site for site in self.sites if any(source._version != version for source, version in site.sources)]
-        otherwise = self.connected(output) | self.differentiated
         misused = self._sources((*changed, *self._within_reach, *self._bypassed(output)))
-        return self.recorded & otherwise | misused
+        return self.recorded & self.connected(output) | misused
 
     def _bypassed(self, output: torch.Tensor) -> list[Site]:
         """Calls whose parameters the output depends on otherwise than through the output of the call."""

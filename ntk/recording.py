@@ -8,7 +8,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from ntk.capture import Capture
+from ntk.capture import Capture, GradientInsideError
 from ntk.contraction import Contraction, Gradients
 from ntk.errors import NondeterministicModelError
 from ntk.factors import Computed, Factor, Use
@@ -69,17 +69,13 @@ def _record(
 ) -> list[Recording]:
     excluded: set[str] = set()
     while True:
-        captures = [Capture(excluded, rearrange=rearrange) for _ in inputs]
+        recordings = []
         try:
-            recordings = [
-                Recording(run(model, x, names, evaluation, argument, capture), capture)
-                for (argument, x), capture in zip(inputs, captures, strict=True)
-            ]
-        except (RuntimeError, NondeterministicModelError):
-            differentiated = set().union(*(capture.differentiated for capture in captures))
-            if not differentiated:
-                raise
-            excluded = excluded | differentiated
+            for argument, x in inputs:
+                capture = Capture(excluded, rearrange=rearrange)
+                recordings.append(Recording(run(model, x, names, evaluation, argument, capture), capture))
+        except GradientInsideError as error:
+            excluded = excluded | error.names
             continue
         found = [part.capture.recorded for part in recordings]
         leaks = set().union(*(part.capture.leaks(part.batch.output) for part in recordings))
