@@ -279,8 +279,16 @@ def features_without_versions(s: Apply, x: Tensor) -> Tensor:
     return s.a((features + s.p).tanh())
 
 
+def gradients_retained(s: Apply, x: Tensor) -> Tensor:
+    h = s.b(x).sin()
+    if h.requires_grad:
+        h.retain_grad()
+    return s.a(h + s.p)
+
+
 @pytest.mark.parametrize(
-    "forward", [features_without_versions, lambda s, x: s.a(torch.pow(2.0, s.b(x)) + s.p), minus_a_step]
+    "forward",
+    [features_without_versions, gradients_retained, lambda s, x: s.a(torch.pow(2.0, s.b(x)) + s.p), minus_a_step],
 )
 def test_ways_to_write_a_forward_pass(forward: Callable[[Apply, Tensor], Tensor]) -> None:
     torch.manual_seed(0)
