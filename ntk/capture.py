@@ -133,17 +133,13 @@ class Capture(TorchFunctionMode):
             GradientInsideError: It differentiates by a parameter that is not excluded.
         """
         kwargs = kwargs or {}
+        if func is torch.Tensor.retain_grad:  # what it keeps would leave torch.func.vmap
+            return None
         before = len(self.sites)
         self._notice_unseen()
-        if func is torch.autograd.grad:
-            names = [name for leaf in tree_leaves(args[1]) if (name := self._named(leaf))]
-            if names:
-                raise GradientInsideError(frozenset().union(*map(self.computed.sources, names)))
+        self._notice_access(func, args)
         if _inside_transform():
             self.doubtful = before
-        if func in _HOOKED and not _called_by_torch():
-            self.doubtful = before
-            self._within_reach = self._within_reach if func is torch.Tensor.register_hook else tuple(self.sites)
         if not torch.is_grad_enabled() or _inside_transform():
             output = func(*args, **kwargs)
             self._nodes_seen = _nodes_made()
@@ -194,6 +190,21 @@ class Capture(TorchFunctionMode):
         """Doubt what others computed past `__torch_function__`, in an autograd.Function or TorchScript."""
         if _nodes_made() != self._nodes_seen:
             self.doubtful = len(self.sites)
+
+    def _notice_access(self, func: Callable, args: Sequence) -> None:
+        """Doubt what a model does to the graph itself.
+
+        Raises:
+            GradientInsideError: It differentiates by a parameter that is not excluded.
+        """
+        if func is torch.autograd.grad:
+            names = [name for leaf in tree_leaves(args[1]) if (name := self._named(leaf))]
+            if names:
+                raise GradientInsideError(frozenset().union(*map(self.computed.sources, names)))
+        if func in _HOOKED and not _called_by_torch():
+            self.doubtful = len(self.sites)
+            if func is not torch.Tensor.register_hook:
+                self._within_reach = tuple(self.sites)
 
     def _record(self, func: Callable, args: Sequence, kwargs: dict) -> Any:
         """Run one function, and note the call if all that its parameters reach is its output."""

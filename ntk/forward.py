@@ -217,7 +217,7 @@ def _run_twice(
         same = all(value.dtype == parameters[name].dtype for name, value in model.named_parameters())
         kept = contextlib.nullcontext() if same and not evaluation.statistics.two_passes else no_recomputation()
         drawn = random_state()
-        with module_outputs(model) as sizes, NothingRetained(), capture or contextlib.nullcontext(), kept:
+        with module_outputs(model) as sizes, capture or NothingRetained(), kept:
             moments = evaluation.moments(model, x, parameters, parameters)
             returned = evaluation.outputs(model, x, parameters, moments, argument)
         output = as_rows(returned, x.shape[0], argument)
@@ -273,7 +273,7 @@ def check_exchanged(model: torch.nn.Module, output: torch.Tensor, names: Iterabl
 
 
 class NothingRetained(TorchFunctionMode):
-    """Passes over `Tensor.retain_grad`: what it keeps would leave `torch.func.vmap`, and is of no use to a kernel."""
+    """Passes over `Tensor.retain_grad`, as a capture does: what it keeps would leave `torch.func.vmap`."""
 
     def __torch_function__(
         self, func: Callable, types: object, args: Sequence = (), kwargs: dict | None = None
