@@ -359,8 +359,9 @@ def _recomputed() -> bool:
 
 def _called_by_torch() -> bool:
     """Whether it is no model that calls the method under watch, but a tool of torch, such as a flop counter."""
-    callers = (frame.f_globals.get("__name__", "") for frame, _ in walk_stack(sys._getframe(2)))
-    return next(name for name in callers if name not in ("torch.overrides", "torch._tensor")).startswith("torch.")
+    callers = (frame.f_globals.get("__name__", "") for frame, _ in walk_stack(sys._getframe()))
+    between = {__name__, "torch.overrides", "torch._tensor"}
+    return next(name for name in callers if name not in between).startswith("torch.")
 
 
 def _inside_transform() -> bool:
