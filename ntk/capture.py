@@ -136,7 +136,7 @@ class Capture(TorchFunctionMode):
         if func is torch.Tensor.retain_grad:  # what it keeps would leave torch.func.vmap
             return None
         before = len(self.sites)
-        self._notice_unseen()
+        self._notice_unseen(args, kwargs)
         self._notice_access(func, args)
         if _inside_transform():
             self.doubtful = before
@@ -186,10 +186,14 @@ class Capture(TorchFunctionMode):
         self._notice_unseen()
         super().__exit__(*exception)
 
-    def _notice_unseen(self) -> None:
-        """Doubt what others computed past `__torch_function__`, in an autograd.Function or TorchScript."""
-        if _nodes_made() != self._nodes_seen:
+    def _notice_unseen(self, *arguments: object) -> None:
+        """Doubt what was computed past `__torch_function__`: in an autograd.Function, TorchScript, another thread."""
+        if _nodes_made() != self._nodes_seen or any(self._of_unknown_origin(leaf) for leaf in _tensors(arguments)):
             self.doubtful = len(self.sites)
+
+    def _of_unknown_origin(self, value: torch.Tensor) -> bool:
+        """Whether a tensor has a graph, and was neither made of examples nor of parameters here."""
+        return value.grad_fn is not None and not self._of_data(value) and self._named(value) is None
 
     def _notice_access(self, func: Callable, args: Sequence) -> None:
         """Doubt what a model does to the graph itself.

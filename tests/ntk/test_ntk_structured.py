@@ -5,6 +5,7 @@ That its kernel is right is what tests/ntk/test_ntk_conformance.py shows, of eve
 
 import math
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 
 import numpy as np
@@ -201,7 +202,12 @@ def base_of_a_view(s: Apply, h: Tensor) -> Tensor:
     return s.b(turned)
 
 
-@pytest.mark.parametrize("function", [hook, hook_on_the_graph, base_of_a_view])
+def another_thread(s: Apply, h: Tensor) -> Tensor:
+    with ThreadPoolExecutor(1) as pool:
+        return s.b(pool.submit(lambda: h - h.mean(0)).result())
+
+
+@pytest.mark.parametrize("function", [hook, hook_on_the_graph, base_of_a_view, another_thread])
 @pytest.mark.parametrize("activation", [torch.sin, torch.clone])
 def test_examples_that_meet_behind_the_back_of_autograd(function: Callable, activation: Callable) -> None:
     torch.manual_seed(0)
