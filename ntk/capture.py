@@ -188,7 +188,9 @@ class Capture(TorchFunctionMode):
 
     def _notice_unseen(self, *arguments: object) -> None:
         """Doubt what was computed past `__torch_function__`: in an autograd.Function, TorchScript, another thread."""
-        if _nodes_made() != self._nodes_seen or any(self._of_unknown_origin(leaf) for leaf in _tensors(arguments)):
+        unknown = [leaf for leaf in _tensors(arguments) if self._of_unknown_origin(leaf)]
+        self._follow(unknown)  # they may be made of examples, and are doubted once
+        if unknown or _nodes_made() != self._nodes_seen:
             self.doubtful = len(self.sites)
 
     def _of_unknown_origin(self, value: torch.Tensor) -> bool:

@@ -27,7 +27,7 @@ def separate(derivatives: Tensor) -> tuple[Tensor, Tensor] | None:
 def _factors(derivatives: Tensor) -> tuple[Tensor, Tensor] | None:
     u, _, g, q, p = derivatives.shape
     group, channel = torch.meshgrid(*(torch.arange(size, device=derivatives.device) for size in (g, q)), indexing="ij")
-    largest = torch.linalg.vector_norm(derivatives, torch.inf, dim=(1, 4))
+    largest = torch.stack([unit.abs().amax((0, 3)) for unit in derivatives])  # faster than a vector norm
     reference = derivatives[largest.argmax(0), :, group, channel]
     place = reference.flatten(2).abs().argmax(2)
     at_place = derivatives[:, place // p, group, channel, place % p]
@@ -37,7 +37,7 @@ def _factors(derivatives: Tensor) -> tuple[Tensor, Tensor] | None:
     allowed = ROUNDING * torch.finfo(derivatives.dtype).eps * largest.amax(0)
     for unit in range(u):
         rest = torch.addcmul(derivatives[unit], factors[unit].unsqueeze(-1), values, value=-1)
-        if not bool((torch.linalg.vector_norm(rest, torch.inf, dim=(0, 3)) <= allowed).all()):
+        if not bool((rest.abs_().amax((0, 3)) <= allowed).all()):
             return None
     return factors, values
 
