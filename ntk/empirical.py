@@ -249,7 +249,7 @@ def _kernels(
         "statistics": entering,
         "by_jacobian": by_jacobian,
         "implementation": route,
-        "computed_in": _narrower([evaluation.dtype or own[name].dtype for name in multipliers], accumulate),
+        "computed_in": _computed_in([evaluation.dtype or own[name].dtype for name in multipliers], accumulate),
         "notes": notes,
         "verified": route != "ntk_vector_products",  # the others mirror a triangle
         "versions": {"torch": torch.__version__, "numpy": np.__version__},
@@ -282,7 +282,7 @@ def _contract(
     return contract(batches[0], batches[1] if len(batches) == 2 else None, plan), names, "jacobian_contraction"
 
 
-def _narrower(types: list[torch.dtype], accumulate: torch.dtype | None) -> np.dtype | None:
+def _computed_in(types: list[torch.dtype], accumulate: torch.dtype | None) -> np.dtype | None:
     """Type of the derivatives, if they are summed in a wider one."""
     return np.dtype(np.float32) if accumulate is not None and torch.float32 in types else None
 

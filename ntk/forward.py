@@ -1,11 +1,10 @@
 """One whole batch through a model, leaving the model untouched."""
 
 import contextlib
-from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Mapping
 from dataclasses import dataclass, field
 
 import torch
-from torch.overrides import TorchFunctionMode
 
 from ntk.capture import Capture, ancestors
 from ntk.errors import CheckpointingError, NondeterministicModelError, StatisticsError, WrappedModelError
@@ -217,7 +216,8 @@ def _run_twice(
         same = all(value.dtype == parameters[name].dtype for name, value in model.named_parameters())
         kept = contextlib.nullcontext() if same and not evaluation.statistics.two_passes else no_recomputation()
         drawn = random_state()
-        with module_outputs(model) as sizes, capture or NothingRetained(), kept:
+        watching = capture or Capture(set(), rearrange=False)  # of no parameter: it passes over retain_grad alone
+        with module_outputs(model) as sizes, watching, kept:
             moments = evaluation.moments(model, x, parameters, parameters)
             returned = evaluation.outputs(model, x, parameters, moments, argument)
         output = as_rows(returned, x.shape[0], argument)
@@ -270,23 +270,6 @@ def check_exchanged(model: torch.nn.Module, output: torch.Tensor, names: Iterabl
                 f"{name!r} entered the output by another way: held in a list or a closure, or in what was computed "
                 "from it in an earlier call and kept. Write self.name in forward, and clear what is kept."
             )
-
-
-class NothingRetained(TorchFunctionMode):
-    """Passes over `Tensor.retain_grad`, as a capture does: what it keeps would leave `torch.func.vmap`."""
-
-    def __torch_function__(
-        self, func: Callable, types: object, args: Sequence = (), kwargs: dict | None = None
-    ) -> object:
-        """Run one function.
-
-        Args:
-            func: The function.
-            types: Not used.
-            args: Its positional arguments.
-            kwargs: Its named arguments.
-        """
-        return None if func is torch.Tensor.retain_grad else func(*args, **(kwargs or {}))
 
 
 @contextlib.contextmanager
