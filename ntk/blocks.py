@@ -291,7 +291,7 @@ class OutputSum:
     def _add_first(self) -> None:
         if self._of_first:
             one, other = self._of_first[0].reference, self._of_first[-1].reference
-            self._multiply(self._weights * one, other)
+            self._multiply(self._weights * one.to(self.dtype), other)
             self._of_first = []
 
     def _multiply(self, one: Tensor, other: Tensor) -> None:

@@ -33,7 +33,7 @@ WAYS = ("positions", "outer", "separable")
 
 
 def dense() -> tuple[nn.Module, torch.Tensor]:
-    layers = [nn.Linear(30, 48), nn.Tanh(), nn.Linear(48, 48), nn.ReLU(), nn.Linear(48, 3)]
+    layers = [nn.Linear(30, 48), nn.ReLU(), nn.Linear(48, 48), nn.Tanh(), nn.Linear(48, 3)]
     return nn.Sequential(*layers), in_pairs(30)
 
 
